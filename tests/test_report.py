@@ -1,0 +1,138 @@
+"""Tables and figures: the numbers in them are those that went in."""
+
+import math
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+import dl_utils as dl
+
+
+@pytest.fixture(scope="module")
+def results():
+    rows = [
+        (name, seed, 3, 0.9 + 0.01 * k, 0.89 + 0.01 * k, 0.88 + 0.01 * k + 0.001 * k * seed, 9.0)
+        for k, name in enumerate(dl.SETTINGS)
+        for seed in range(3)
+    ]
+    columns = [
+        "setting",
+        "seed",
+        "epoch",
+        "train_accuracy",
+        "val_accuracy",
+        "test_accuracy",
+        "seconds",
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@pytest.fixture(scope="module")
+def history(trained):
+    runs = [run.history.assign(setting=name, seed=0) for name, run in trained.items()]
+    return pd.concat([*runs, *(run.assign(seed=1) for run in runs)])
+
+
+def test_summary_table_is_train_and_test_of_one_seed(results):
+    table = dl.summary_table(results, names=("baseline", "dropout"))
+    assert table.to_dict("list") == {
+        "setting": ["No regularization", "Dropout"],
+        "train %": ["90.00", "91.00"],
+        "test %": ["88.00", "89.00"],
+    }
+    assert list(dl.summary_table(results, seed=2)["test %"])[2] == "90.40"
+
+
+def test_seed_table_has_mean_deviation_and_gap(results):
+    row = dl.seed_table(results).set_index("setting").loc["Weight decay"]
+    assert row["runs"] == "3" and row["test %"] == "90.20 ± 0.20" and row["gap"] == "1.80 ± 0.20"
+
+
+def test_paired_differences_have_students_interval(results):
+    difference = dl.paired_difference(results, "combined")
+    assert difference.mean == pytest.approx(0.044)
+    assert difference.half == pytest.approx(4.303 * 0.004 / math.sqrt(3))
+    table = dl.difference_table(results)
+    assert table["test"].iloc[-1] == "+4.40 ± 0.99"
+    one_seed = results[results.seed == 0]
+    assert math.isnan(dl.paired_difference(one_seed, "combined").half)
+    assert "nan" not in str(dl.difference_table(one_seed)) + str(dl.seed_table(one_seed))
+
+
+def test_settings_table_shows_what_differs():
+    table = dl.settings_table().set_index("setting")
+    assert table["dropout p"].iloc[0] == "off"
+    for setting in dl.SETTINGS.values():
+        assert table.loc[setting.label, "learning rate"] == f"{setting.lr:g}"
+
+
+def test_shown_tables_are_markdown_with_a_caption(results):
+    text = dl.show_table(dl.summary_table(results), "Table 9. Caption").data
+    assert text.startswith("**Table 9. Caption**\n\n| setting")
+    assert "| 90.00 |" in " ".join(text.split()).replace("  ", " ")
+
+
+def test_convergence_draws_the_history(history, results, trained):
+    figure = dl.plot_convergence(history, results)
+    assert isinstance(figure, Figure) and len(figure.axes) == 6
+    ax = figure.axes[1]
+    assert ax.get_title() == "Dropout: accuracy by epoch"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "accuracy (%)")
+    run = trained["dropout"].history
+    for line, split in zip(ax.lines[::2], ("train", "test")):
+        assert list(line.get_ydata()) == list(100 * run[run.split == split].accuracy)
+        assert line.get_label() == split
+    assert figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
+
+
+def test_plots_draw_into_given_axes(history, results, splits, trained):
+    ax = Figure().subplots()
+    assert dl.plot_convergence(history, results, axes=ax, names=["dropout"]) is ax.figure
+    assert ax.lines
+    ax = Figure().subplots()
+    matrix = dl.confusion_matrix(trained["baseline"].model, splits["test"])
+    assert dl.plot_confusion(matrix, axes=ax) is ax.figure
+
+
+def test_confusion_is_in_percent_of_each_true_class(trained, splits):
+    matrix = dl.confusion_matrix(trained["baseline"].model, splits["test"])
+    shown = dl.plot_confusion(matrix).axes[0].images[0].get_array()
+    assert shown.sum(axis=1).tolist() == pytest.approx([100.0] * 10)
+
+
+def test_examples_show_each_class(splits):
+    titles = [ax.get_title() for ax in dl.plot_examples(splits["train"]).axes]
+    assert titles == [f"{k} {name}" for k, name in enumerate(dl.CLASSES)]
+
+
+def test_mistakes_are_mistakes_with_the_greatest_confidence_first(trained, splits):
+    model, split = trained["dropout"].model, splits["val"]
+    noisy = dl.Split(split.images.flip(3), split.labels)  # many mistakes
+    figure = dl.plot_mistakes(model, noisy)
+    probability, guess = dl.predict(model, noisy).max(1)
+    wrong = probability[guess != noisy.labels].sort(descending=True)[0]
+    for ax, value in zip(figure.axes, wrong.tolist()):
+        assert f"({100 * value:.1f} %)" in ax.get_title()
+
+
+def test_report_tables_of_a_run(trained, splits, tmp_path, config):
+    setting = dl.SETTINGS["baseline"]
+    dl.train_and_save([(setting, config)], tmp_path, splits=splits)
+    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
+        "baseline.pt", "results.csv", "history.csv",
+    }  # fmt: skip
+    row = dl.read_table(tmp_path / "results.csv").iloc[0].to_dict()
+    assert list(row) == ["setting", "seed", "epoch", "train_accuracy", "val_accuracy",
+                         "test_accuracy", "seconds"]  # fmt: skip
+    assert row["test_accuracy"] == trained["baseline"].metrics["test"].accuracy
+    before = {p: p.read_bytes() for p in tmp_path.glob("*.*")}
+    with pytest.raises(dl.CheckpointError, match=r"baseline.pt exists already; choose"):
+        dl.train_and_save([(setting, config)], tmp_path, splits=splits)
+    assert dl.train_and_save([(setting, config)], tmp_path, "skip", splits=splits) == []
+    other = dl.TrainConfig(epochs=1, batch_size=16)
+    with pytest.raises(dl.CheckpointError, match=r"was trained with other hyperparameters"):
+        dl.train_and_save([(setting, other)], tmp_path, "skip", splits=splits)
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("*.*")}
+    dl.train_and_save([(setting, other)], tmp_path, "replace", splits=splits)
+    assert len(dl.read_table(tmp_path / "history.csv")) == 3, "epochs of the old run are left"

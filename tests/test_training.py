@@ -1,0 +1,294 @@
+"""Training and evaluation: what the numbers mean, and that they can be had again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl_utils import (
+    SETTINGS,
+    LeNet5,
+    Setting,
+    Split,
+    TrainConfig,
+    build_model,
+    confusion_matrix,
+    evaluate,
+    make_optimizer,
+    minibatches,
+    predict,
+    train,
+    train_many,
+)
+
+
+def weights_equal(a, b):
+    return all(map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+def test_every_setting_learns(trained):
+    for name, run in trained.items():
+        assert run.metrics["test"].accuracy > 0.8, name
+
+
+def test_history_is_tidy_and_holds_every_epoch_and_split(trained, config):
+    for run in trained.values():
+        assert list(run.history.columns) == ["epoch", "split", "loss", "accuracy"]
+        rows = list(zip(run.history.epoch, run.history.split))
+        assert rows == [(e, s) for e in (1, 2, 3) for s in ("train", "val", "test")]
+
+
+def test_kept_model_is_that_of_the_best_validation_epoch(splits):
+    # A learning rate so high that accuracy goes up and down: the best epoch is not the last.
+    run = None
+    for seed in range(8):
+        config = TrainConfig(epochs=6, batch_size=64, seed=seed, schedule="constant")
+        run = train(replace(SETTINGS["baseline"], lr=0.15), splits, config)
+        if run.epoch < 5:
+            break
+    assert run.epoch < 5, "no seed gives the test what it needs"
+    val = run.history[run.history.split == "val"].set_index("epoch").accuracy
+    assert run.epoch == val.idxmax()  # the first of the greatest
+    for name, split in splits.items():
+        again = evaluate(run.model, split)
+        row = run.history[(run.history.split == name) & (run.history.epoch == run.epoch)].iloc[0]
+        assert again.accuracy == run.metrics[name].accuracy == row.accuracy
+        assert again.loss == pytest.approx(row.loss) == pytest.approx(run.metrics[name].loss)
+
+
+def test_test_data_has_no_say(splits, config):
+    test = splits["test"]
+    altered = {**splits, "test": Split(test.images.flip(0), test.labels)}
+    runs = [train(SETTINGS["dropout"], data, config) for data in (splits, altered)]
+    assert runs[0].epoch == runs[1].epoch and weights_equal(*runs)
+
+
+def test_all_settings_see_the_same_batches(splits, config, monkeypatch):
+    seen = {}
+    for name, setting in SETTINGS.items():
+        batches = seen.setdefault(name, [])
+        forward = LeNet5.forward
+
+        def record(self, images, batches=batches, forward=forward):
+            if self.training:
+                batches.append(images.clone())
+            return forward(self, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LeNet5, "forward", record)
+            train(setting, splits, config)
+    assert len(seen["baseline"]) == 3 * 21
+    for name, batches in seen.items():
+        assert all(map(torch.equal, batches, seen["baseline"])), name
+
+
+def test_same_seed_same_bits_other_seed_other_bits(splits, config, trained):
+    for name, setting in SETTINGS.items():
+        again = train(setting, splits, config)
+        assert again.history.equals(trained[name].history)
+        assert weights_equal(again, trained[name])
+    other = train(SETTINGS["baseline"], splits, replace(config, seed=1))
+    assert not other.history.equals(trained["baseline"].history)
+
+
+def test_bits_do_not_depend_on_threads_or_the_global_generator(splits, config, trained):
+    torch.set_num_threads(2)
+    torch.manual_seed(77)
+    try:
+        again = train(SETTINGS["combined"], splits, config)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert weights_equal(again, trained["combined"])
+
+
+def test_training_leaves_the_global_generator_alone(splits):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    train(SETTINGS["dropout"], splits, TrainConfig(1, 64))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_evaluation_is_in_evaluation_mode_and_restores_training_mode(splits):
+    model = build_model(replace(SETTINGS["combined"], dropout=0.9)).train()
+    statistics = model.layers.norm1.running_mean.clone()
+    first, second = evaluate(model, splits["val"]), evaluate(model, splits["val"])
+    assert first == second  # dropout is off
+    assert torch.equal(model.layers.norm1.running_mean, statistics)
+    one = Split(splits["val"].images[:1], splits["val"].labels[:1])
+    evaluate(model, one)  # statistics of a batch of one would not exist
+    assert model.training and model.layers.drop3.training
+    evaluate(model.eval(), one)
+    assert not model.training
+
+
+def test_train_accuracy_in_history_is_measured_without_dropout(splits):
+    setting = replace(SETTINGS["dropout"], dropout=0.7)
+    run = train(setting, splits, TrainConfig(1, 32))
+    row = run.history[run.history.split == "train"].iloc[0]
+    logits = run.model.eval()(splits["train"].images)
+    hits = (logits.argmax(1) == splits["train"].labels).sum().item()
+    assert row.accuracy == hits / len(splits["train"].labels)
+    assert row.loss == pytest.approx(
+        F.cross_entropy(logits, splits["train"].labels).item(), rel=1e-5
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 150), batch_size=st.integers(1, 200))
+def test_any_batch_size_gives_what_one_big_batch_gives(splits, trained, count, batch_size):
+    model = trained["batch_norm"].model
+    split = Split(splits["test"].images[:count], splits["test"].labels[:count])
+    logits = model(split.images)
+    metrics = evaluate(model, split, batch_size)
+    assert metrics.accuracy == (logits.argmax(1) == split.labels).sum().item() / count
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-4)
+
+
+def test_minibatches_cover_the_split_once_in_a_seeded_order(splits):
+    split = splits["train"]
+    for generator in (None, torch.Generator().manual_seed(3)):
+        batches = list(minibatches(split, 32, generator))
+        assert [len(b.labels) for b in batches] == [32] * 10 + [10]
+        images = torch.cat([b.images for b in batches])
+        assert torch.equal(images.sum((1, 2, 3)).sort()[0], split.images.sum((1, 2, 3)).sort()[0])
+    again = list(minibatches(split, 32, torch.Generator().manual_seed(3)))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(batches, again))
+    assert not torch.equal(batches[0].images, split.images[:32])
+
+
+def test_weight_decay_shrinks_weights(splits):
+    def norm(weight_decay):
+        setting = replace(SETTINGS["baseline"], weight_decay=weight_decay)
+        model = train(setting, splits, TrainConfig(2, 32)).model
+        return sum(p.square().sum().item() for p in model.parameters() if p.ndim > 1)
+
+    assert norm(0.0) > norm(0.01) > norm(0.1)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_weight_decay_is_the_gradient_of_the_l2_penalty(splits, decay_all):
+    setting = Setting("s", "s", weight_decay=0.01, batch_norm=True, lr=0.1, decay_all=decay_all)
+    batch = Split(splits["train"].images[:64], splits["train"].labels[:64])
+    plain, decayed = build_model(setting), build_model(setting)
+    penalized = [p for p in plain.parameters() if decay_all or p.ndim > 1]
+    penalty = 0.01 / 2 * sum(p.square().sum() for p in penalized)
+    (F.cross_entropy(plain(batch.images), batch.labels) + penalty).backward()
+    make_optimizer(plain, replace(setting, weight_decay=0.0), TrainConfig()).step()
+    F.cross_entropy(decayed(batch.images), batch.labels).backward()
+    make_optimizer(decayed, setting, TrainConfig()).step()
+    for expected, found in zip(plain.parameters(), decayed.parameters()):
+        torch.testing.assert_close(found, expected)
+
+
+def test_measure_limits_what_is_measured(splits, config, trained):
+    without_test = {name: splits[name] for name in ("train", "val")}
+    run = train(SETTINGS["baseline"], without_test, config, measure=("val",))
+    assert set(run.history.split) == set(run.metrics) == {"val"}
+    assert weights_equal(run, trained["baseline"])
+
+
+def test_confusion_matrix_counts_images(splits, trained):
+    run, split = trained["baseline"], splits["test"]
+    matrix = confusion_matrix(run.model, split)
+    assert matrix.to_numpy().sum() == len(split.labels)
+    assert list(matrix.sum(axis=1)) == torch.bincount(split.labels, minlength=10).tolist()
+    hits = sum(matrix.iloc[k, k] for k in range(10))
+    assert hits == round(run.metrics["test"].accuracy * len(split.labels))
+    torch.testing.assert_close(predict(run.model, split).sum(1), torch.ones(len(split.labels)))
+
+
+def test_divergence_stops_with_the_epoch_and_the_loss(splits, config):
+    with pytest.raises(ValueError, match=r"diverged in epoch \d: .* (nan|inf); choose a lower"):
+        train(replace(SETTINGS["baseline"], lr=1e6), splits, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"epochs": 0}, "epochs is 0; expected a whole number of 1 or more"),
+        ({"epochs": -3}, "epochs is -3; expected"),
+        ({"epochs": 1.5}, "epochs is 1.5; expected"),
+        ({"batch_size": 0}, "batch_size is 0; expected"),
+        ({"seed": -1}, "seed is -1; expected"),
+        ({"split_seed": True}, "split_seed is True; expected"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of sgd, adam"),
+        ({"schedule": None}, "schedule is None; expected one of"),
+    ],
+)
+def test_configs_out_of_range_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig(**change)
+
+
+def test_batch_sizes_that_cannot_be_trained_on_are_refused(splits):
+    with pytest.raises(ValueError, match="batch_size is 331; expected at most the 330"):
+        train(SETTINGS["baseline"], splits, TrainConfig(1, 331))
+    for size in (1, 47):  # 330 = 7 * 47 + 1
+        with pytest.raises(ValueError, match=f"batch_size {size} leaves a batch of one image"):
+            train(SETTINGS["batch_norm"], splits, TrainConfig(1, size))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda s: Split(s.images.double(), s.labels), "images are .*float64; expected"),
+        (lambda s: Split(s.images[:, :, :14], s.labels), r"images are \(100, 1, 14, 28\)"),
+        (lambda s: Split(s.images.squeeze(1), s.labels), r"images are \(100, 28, 28\)"),
+        (lambda s: Split(s.images, s.labels[1:]), r"labels are \(99,\).*expected \(100,\)"),
+        (lambda s: Split(s.images, s.labels.int()), "labels are .*int32; expected"),
+        (lambda s: Split(s.images, s.labels + 1), "labels run from 1 to 10; expected 0 to 9"),
+        (lambda s: Split(s.images, s.labels - 1), "labels run from -1 to 8; expected 0 to 9"),
+        (lambda s: Split(s.images[:0], s.labels[:0]), "the split is empty"),
+    ],
+)
+def test_unusable_data_is_refused(splits, trained, make, sentence):
+    split, model = make(splits["val"]), trained["baseline"].model
+    for use in (evaluate, predict, confusion_matrix):
+        with pytest.raises(ValueError, match=sentence):
+            use(model, split)
+    with pytest.raises(ValueError, match=sentence):
+        train(SETTINGS["baseline"], {**splits, "val": split}, TrainConfig(1))
+
+
+def test_training_needs_train_and_val(splits):
+    for name in ("train", "val"):
+        rest = {key: split for key, split in splits.items() if key != name}
+        with pytest.raises(ValueError, match="expected splits named train and val"):
+            train(SETTINGS["baseline"], rest, TrainConfig(1))
+
+
+def test_train_many_gives_the_bits_of_one_after_the_other(splits, config, trained, capsys):
+    jobs = [(setting, config) for setting in SETTINGS.values()]
+    bad = replace(SETTINGS["dropout"], lr=1e6)
+    finished = []
+    runs = train_many([(bad, replace(config, seed=7)), *jobs], splits=splits, workers=2,
+                      on_finish=finished.append)  # fmt: skip
+    assert isinstance(runs[0], ValueError) and "diverged" in str(runs[0])
+    assert "dropout, seed 7, failed: training diverged" in capsys.readouterr().err
+    assert {id(run) for run in finished} == {id(run) for run in runs[1:]}
+    for run, (name, alone) in zip(runs[1:], trained.items()):
+        assert run.setting == SETTINGS[name]
+        assert run.history.equals(alone.history) and weights_equal(run, alone)
+
+
+def test_train_many_of_nothing():
+    assert train_many([]) == []
+
+
+def test_train_many_takes_a_dask_cluster(splits, config, trained):
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        jobs = [(SETTINGS[name], config) for name in ("baseline", "combined")]
+        runs = train_many(jobs, client.get_executor(), splits=splits)
+    for run, (setting, _) in zip(runs, jobs):
+        assert weights_equal(run, trained[setting.name])
