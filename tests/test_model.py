@@ -55,7 +55,7 @@ def test_parameter_counts():
 
 
 def test_layer_summary_shapes():
-    table = layer_summary(LeNet5()).set_index("name")["output shape"]
+    table = layer_summary(LeNet5()).set_index("layer")["output shape"]
     assert table["conv1"] == (1, 6, 28, 28) and table["pool1"] == (1, 6, 14, 14)
     assert table["conv2"] == (1, 16, 10, 10) and table["pool2"] == (1, 16, 5, 5)
     assert table["flatten"] == (1, 400) and table["fc5"] == (1, 10)
@@ -116,9 +116,9 @@ def test_batch_norm_stands_where_the_setting_says(place):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dropout": 2.0}, {"dropout": -0.1}, {"dropout": float("nan")}, {"weight_decay": -1e-3},
-        {"weight_decay": float("inf")}, {"lr": 0.0}, {"lr": float("nan")}, {"batch_norm": 1},
-        {"activation": "gelu"}, {"pooling": "min"}, {"norm_place": "nowhere"},
+        {"dropout": 2.0}, {"dropout": -0.1}, {"dropout": float("nan")}, {"dropout": "0.2"},
+        {"weight_decay": -1e-3}, {"weight_decay": float("inf")}, {"lr": 0.0}, {"lr": float("nan")},
+        {"batch_norm": 1}, {"activation": "gelu"}, {"pooling": "min"}, {"norm_place": "nowhere"},
         {"norm_layers": ["all"]}, {"decay_all": "no"},
     ],
 )  # fmt: skip

@@ -46,17 +46,17 @@ def test_summary_table_is_train_and_test_of_one_seed(results):
 
 def test_seed_table_has_mean_deviation_and_gap(results):
     row = dl.seed_table(results).set_index("setting").loc["Weight decay"]
-    assert row["runs"] == "3" and row["test %"] == "90.20 ± 0.20" and row["gap"] == "1.80 ± 0.20"
+    assert row["runs"] == 3 and row["test %"] == "90.20 ± 0.20" and row["gap"] == "1.80 ± 0.20"
 
 
 def test_paired_differences_have_students_interval(results):
     difference = dl.paired_difference(results, "combined")
-    assert difference.mean == pytest.approx(0.044)
-    assert difference.half == pytest.approx(4.303 * 0.004 / math.sqrt(3))
+    assert difference[0] == pytest.approx(0.044)
+    assert difference[1] == pytest.approx(4.303 * 0.004 / math.sqrt(3))
     table = dl.difference_table(results)
     assert table["test"].iloc[-1] == "+4.40 ± 0.99"
     one_seed = results[results.seed == 0]
-    assert math.isnan(dl.paired_difference(one_seed, "combined").half)
+    assert math.isnan(dl.paired_difference(one_seed, "combined")[1])
     assert "nan" not in str(dl.difference_table(one_seed)) + str(dl.seed_table(one_seed))
 
 
@@ -64,17 +64,18 @@ def test_settings_table_shows_what_differs():
     table = dl.settings_table().set_index("setting")
     assert table["dropout p"].iloc[0] == "off"
     for setting in dl.SETTINGS.values():
-        assert table.loc[setting.label, "learning rate"] == f"{setting.lr:g}"
+        assert table.loc[setting.label, "highest learning rate"] == f"{setting.lr:g}"
 
 
-def test_shown_tables_are_markdown_with_a_caption(results):
-    text = dl.show_table(dl.summary_table(results), "Table 9. Caption").data
-    assert text.startswith("**Table 9. Caption**\n\n| setting")
-    assert "| 90.00 |" in " ".join(text.split()).replace("  ", " ")
+def test_tables_are_html_in_jupyter_and_latex_in_the_pdf(results):
+    table = dl.Table(dl.summary_table(results), "Table 9. 50 % of it")
+    assert "<caption" in table._repr_html_() and "<td>90.00</td>" in table._repr_html_()
+    latex = table._repr_latex_()
+    assert r"Table 9. 50 \% of it" in latex and r"train \%" in latex and "90.00 &" in latex
 
 
-def test_convergence_draws_the_history(history, results, trained):
-    figure = dl.plot_convergence(history, results)
+def test_convergence_draws_the_history(history, trained):
+    figure = dl.plot_convergence(history)
     assert isinstance(figure, Figure) and len(figure.axes) == 6
     ax = figure.axes[1]
     assert ax.get_title() == "Dropout: accuracy by epoch"
@@ -86,9 +87,9 @@ def test_convergence_draws_the_history(history, results, trained):
     assert figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
 
 
-def test_plots_draw_into_given_axes(history, results, splits, trained):
+def test_plots_draw_into_given_axes(history, splits, trained):
     ax = Figure().subplots()
-    assert dl.plot_convergence(history, results, axes=ax, names=["dropout"]) is ax.figure
+    assert dl.plot_convergence(history, axes=ax, names=["dropout"]) is ax.figure
     assert ax.lines
     ax = Figure().subplots()
     matrix = dl.confusion_matrix(trained["baseline"].model, splits["test"])
@@ -127,12 +128,11 @@ def test_report_tables_of_a_run(trained, splits, tmp_path, config):
                          "test_accuracy", "seconds"]  # fmt: skip
     assert row["test_accuracy"] == trained["baseline"].metrics["test"].accuracy
     before = {p: p.read_bytes() for p in tmp_path.glob("*.*")}
-    with pytest.raises(dl.CheckpointError, match=r"baseline.pt exists already; choose"):
-        dl.train_and_save([(setting, config)], tmp_path, splits=splits)
-    assert dl.train_and_save([(setting, config)], tmp_path, "skip", splits=splits) == []
+    (again,) = dl.train_and_save([(setting, config)], tmp_path, splits=splits)
+    assert again.history.equals(trained["baseline"].history)
     other = dl.TrainConfig(epochs=1, batch_size=16)
-    with pytest.raises(dl.CheckpointError, match=r"was trained with other hyperparameters"):
-        dl.train_and_save([(setting, other)], tmp_path, "skip", splits=splits)
+    with pytest.raises(dl.CheckpointError, match=r"exists already, trained with other hyperp"):
+        dl.train_and_save([(setting, other)], tmp_path, splits=splits)
     assert before == {p: p.read_bytes() for p in tmp_path.glob("*.*")}
-    dl.train_and_save([(setting, other)], tmp_path, "replace", splits=splits)
+    dl.train_and_save([(setting, other)], tmp_path, overwrite=True, splits=splits)
     assert len(dl.read_table(tmp_path / "history.csv")) == 3, "epochs of the old run are left"

@@ -74,7 +74,7 @@ def test_final_answers_hold_only_what_is_allowed():
 @pytest.mark.parametrize(
     "pattern",
     [r"\$\$\s*\\begin{align}", r"\\bm\b", r"\\cancel", r"\\coloneqq", r"\\newcommand", r"\\\(",
-     r"\\\[", r"\$ [^$\n]+ \$", r"\\text{[^}]*_", r"\$\$[^$]*\n\s*\n[^$]*\$\$"],
+     r"\\\[", r"\$ [^$\n]+ \$", r"\\text{[^}]*_", r"\$\$[^$]*\n\s*\n[^$]*\$\$", r"\n[-+*] "],
 )  # fmt: skip
 def test_math_is_of_the_kind_that_renders_everywhere(pattern):
     blocks = re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", (ROOT / "theory.md").read_text(), re.S)

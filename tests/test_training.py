@@ -1,5 +1,6 @@
 """Training and evaluation: what the numbers mean, and that they can be had again."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -146,7 +147,8 @@ def test_any_batch_size_gives_what_one_big_batch_gives(splits, trained, count, b
     logits = model(split.images)
     metrics = evaluate(model, split, batch_size)
     assert metrics.accuracy == (logits.argmax(1) == split.labels).sum().item() / count
-    assert metrics.loss == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-4)
+    loss = F.cross_entropy(logits, split.labels).item()
+    assert metrics.loss == pytest.approx(loss, rel=1e-4, abs=1e-7)
 
 
 def test_minibatches_cover_the_split_once_in_a_seeded_order(splits):
@@ -203,14 +205,16 @@ def test_confusion_matrix_counts_images(splits, trained):
 
 
 def test_divergence_stops_with_the_epoch_and_the_loss(splits, config):
-    with pytest.raises(ValueError, match=r"diverged in epoch \d: .* (nan|inf); choose a lower"):
+    with pytest.raises(
+        ValueError, match=r"diverged in epoch \d: the validation loss is (nan|inf); choose a lower"
+    ):
         train(replace(SETTINGS["baseline"], lr=1e6), splits, config)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"epochs": 0}, "epochs is 0; expected a whole number of 1 or more"),
+        ({"epochs": 0}, "epochs is 0; expected a whole number >= 1"),
         ({"epochs": -3}, "epochs is -3; expected"),
         ({"epochs": 1.5}, "epochs is 1.5; expected"),
         ({"batch_size": 0}, "batch_size is 0; expected"),
@@ -274,6 +278,29 @@ def test_train_many_gives_the_bits_of_one_after_the_other(splits, config, traine
     for run, (name, alone) in zip(runs[1:], trained.items()):
         assert run.setting == SETTINGS[name]
         assert run.history.equals(alone.history) and weights_equal(run, alone)
+
+
+def test_train_many_gives_the_same_bits_in_threads(splits, config, trained):
+    jobs = [(SETTINGS[name], config) for name in ("baseline", "dropout", "combined")]
+    with ThreadPoolExecutor(3) as executor:
+        runs = train_many(jobs, executor, splits=splits)
+    for run, (setting, _) in zip(runs, jobs):
+        assert run.history.equals(trained[setting.name].history)
+
+
+def test_a_result_that_cannot_be_kept_does_not_end_the_others(splits, config, capsys):
+    kept = []
+
+    def keep(run):
+        if run.setting.name == "baseline":
+            raise OSError("disk full")
+        kept.append(run)
+
+    jobs = [(SETTINGS[name], config) for name in ("baseline", "dropout")]
+    with ThreadPoolExecutor(1) as executor:
+        runs = train_many(jobs, executor, splits=splits, on_finish=keep)
+    assert isinstance(runs[0], OSError) and kept == [runs[1]]
+    assert "baseline, seed 0, failed: disk full" in capsys.readouterr().err
 
 
 def test_train_many_of_nothing():

@@ -1,0 +1,131 @@
+"""EX1.ipynb and README.md: hygiene, and that their numbers are those of the files."""
+
+import json
+import re
+import statistics
+
+import pytest
+from conftest import ROOT
+
+import dl_utils as dl
+
+NOTEBOOK = json.loads((ROOT / "EX1.ipynb").read_text())
+CELLS = NOTEBOOK["cells"]
+CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+PROSE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
+README = (ROOT / "README.md").read_text()
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def outputs(cell):
+    for output in cell["outputs"]:
+        yield "".join(output.get("text", "")) + "".join(
+            "".join(text) for kind, text in output.get("data", {}).items() if "text/" in kind
+        )
+
+
+def test_saved_by_one_run_from_top_to_bottom():
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    kinds = {output["output_type"] for cell in CODE for output in cell["outputs"]}
+    assert kinds <= {"stream", "display_data", "execute_result"}
+    assert not [o for cell in CODE for o in cell["outputs"] if o.get("name") == "stderr"]
+
+
+def test_cells_are_few_and_short():
+    lengths = [len(source(cell).splitlines()) for cell in CODE]
+    assert 12 <= len(CODE) <= 20 and statistics.median(lengths) <= 5 and max(lengths) <= 15
+    for cell in CODE:
+        assert max(map(len, source(cell).splitlines())) <= 79
+        assert sum(len(text.splitlines()) for text in outputs(cell) if "stream" in text) <= 15
+
+
+def test_notebook_defines_nothing():
+    for cell in CODE:
+        assert not re.search(r"^\s*(def|class)\s|\blambda\b", source(cell), re.M)
+
+
+def test_saved_outputs_are_those_of_the_saved_weights():
+    first = source(CODE[0])
+    assert 'os.environ.get("RETRAIN", "0")' in first
+    printed = " ".join(text for cell in CODE for text in outputs(cell))
+    assert "25 runs from weights/" in printed
+
+
+def test_metadata_is_for_the_student_to_fill_in():
+    metadata = NOTEBOOK["metadata"]
+    assert metadata["title"] and metadata["date"] == "" and metadata["authors"] == [{"name": ""}]
+    assert "authors" in README
+
+
+def test_no_paths_of_one_machine():
+    for path in ("README.md", "theory.md", "EX1.ipynb", "dl_utils.py"):
+        assert not re.search(r"/(work|tmp|root|home)/", (ROOT / path).read_text()), path
+
+
+def test_theory_is_shown_from_its_file():
+    shown = [text for cell in CODE for text in outputs(cell)]
+    assert any((ROOT / "theory.md").read_text().strip() in text for text in shown)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return dl.read_table(ROOT / "weights/results.csv")
+
+
+def test_tables_in_the_notebook_are_those_of_the_results(results):
+    shown = [text for cell in CODE for text in outputs(cell)]
+    four = ["baseline", "dropout", "weight_decay", "batch_norm"]
+    for table in (
+        dl.summary_table(results, names=four), dl.seed_table(results),
+        dl.difference_table(results), dl.settings_table(),
+    ):  # fmt: skip
+        body = dl.Table(table, "")._repr_html_().split("</caption>")[1]
+        assert any(body in text for text in shown)
+
+
+def facts(results):
+    """Every number with two decimals that the prose may quote: accuracies and gaps in percent,
+    their means and deviations over the seeds, paired differences and their intervals."""
+    runs = results.assign(gap=results.train_accuracy - results.test_accuracy)
+    columns = [column for column in runs if column.endswith("accuracy")] + ["gap"]
+    numbers = []
+    for name in dl.SETTINGS:
+        own = runs[runs.setting == name]
+        for column in columns:
+            numbers += [*own[column], own[column].mean(), own[column].std()]
+            for other in dl.SETTINGS:
+                if other != name:
+                    numbers += dl.paired_difference(results, name, other, column)
+    for matrix_or_search in (dl.read_table(ROOT / "weights/search.csv").val_accuracy,):
+        numbers += list(matrix_or_search)
+    return {f"{abs(100 * number):.2f}" for number in numbers}
+
+
+QUOTED = {"90.55", "90.37", "90.76", "91.22"}  # best public results, named as such
+
+
+def test_numbers_in_prose_and_readme_are_facts(results):
+    known = facts(results) | QUOTED
+    found = 0
+    for text in [*PROSE, README]:
+        for number in re.findall(r"(?<![\d.])\d{1,2}\.\d\d(?![\d.])", text):
+            assert number in known, f"{number} in: {text[:60]}"
+            found += 1
+    assert found > 20
+
+
+def test_result_table_of_the_readme_is_that_of_the_results(results):
+    table = dl.seed_table(results)
+    for row in table.itertuples(index=False):
+        cells = [row[0], row[2], row[3], row[4]]
+        assert re.search(r"\| *" + r" *\| *".join(map(re.escape, cells)) + r" *\|", README), row
+
+
+def test_notebook_names_the_hyperparameters_that_are_used():
+    text = "\n".join(PROSE)
+    config = dl.TrainConfig()
+    assert f"{config.epochs} epochs" in text and f"batches of {config.batch_size}" in text
+    assert f"{len(dl.read_table(ROOT / 'weights/search.csv'))} runs" in text
