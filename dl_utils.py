@@ -901,9 +901,73 @@ class Study:
         return jobs
 
 
-SEARCH_START = Setting("start", "Start"), TrainConfig(epochs=12, batch_size=128)
-QUESTIONS = {}
-SEARCH = ()
+# Values that were chosen are repeated here, so that the plan does not move with the settings.
+SEARCH_START = (
+    Setting("start", "Start", lr=0.08, norm_place="after_activation"),
+    TrainConfig(epochs=16, batch_size=128, optimizer="sgd", schedule="one_cycle"),
+)
+QUESTIONS = {  # the field on the axis of the panel, and the fields that tell its lines apart
+    "Activation and pooling": ("lr", ["activation", "pooling", "schedule"]),
+    "Batch size": ("lr", ["batch_size", "optimizer"]),
+    "Optimizer and schedule": ("lr", ["setting", "optimizer", "schedule"]),
+    "Place of batch norm": ("norm_place", ["norm_layers"]),
+    "Epochs": ("epochs", ["setting", "schedule"]),
+    "Learning rate": ("lr", ["setting"]),
+    "Dropout probability": ("dropout", ["schedule"]),
+    "L2 coefficient": ("weight_decay", ["schedule", "decay_all"]),
+    "All three together": ("weight_decay", ["dropout"]),
+}
+FIRST_LOOK = {"epochs": (12,), "schedule": ("cosine",)}
+NORM = {"batch_norm": (True,)}
+# fmt: off
+SEARCH = (
+    Study("Activation and pooling", "baseline", activation=("relu", "tanh"),
+          pooling=("max", "average"), lr=(0.01, 0.04), batch_size=(64,), **FIRST_LOOK),
+    Study("Activation and pooling", "baseline", (0, 2), activation=("tanh",), epochs=(12,)),
+    Study("Batch size", "baseline", batch_size=(64,), lr=(0.01, 0.02, 0.04, 0.08), **FIRST_LOOK),
+    Study("Batch size", "baseline", batch_size=(128,), lr=(0.02, 0.04, 0.08), **FIRST_LOOK),
+    Study("Batch size", "baseline", batch_size=(256,), lr=(0.04, 0.08), **FIRST_LOOK),
+    Study("Batch size", "baseline", batch_size=(64,), optimizer=("adam",), lr=(0.001,),
+          **FIRST_LOOK),
+    Study("Optimizer and schedule", "baseline", lr=(0.02, 0.08), **FIRST_LOOK),
+    Study("Optimizer and schedule", "baseline", (0, 1, 2), lr=(0.04,), **FIRST_LOOK),
+    Study("Optimizer and schedule", "baseline", optimizer=("adam",),
+          lr=(0.0005, 0.001, 0.002, 0.004, 0.008), **FIRST_LOOK),
+    Study("Optimizer and schedule", "baseline", (1, 2), optimizer=("adam",), lr=(0.002,),
+          **FIRST_LOOK),
+    Study("Optimizer and schedule", "baseline", (0, 2), lr=(0.04,), epochs=(12,)),
+    Study("Optimizer and schedule", "baseline", (0, 1, 2), lr=(0.08,), epochs=(12,)),
+    Study("Optimizer and schedule", "batch_norm", optimizer=("adam",), lr=(0.002, 0.004),
+          **NORM, **FIRST_LOOK),
+    Study("Optimizer and schedule", "batch_norm", lr=(0.04,), **NORM, **FIRST_LOOK),
+    Study("Optimizer and schedule", "batch_norm", epochs=(12,), **NORM),
+    Study("Place of batch norm", "batch_norm", norm_place=tuple(BLOCK_ORDERS),
+          norm_layers=("all", "conv"), lr=(0.04,), **NORM, **FIRST_LOOK),
+    Study("Epochs", "baseline", epochs=(12, 20, 30), lr=(0.04,), schedule=("cosine",)),
+    Study("Epochs", "baseline", epochs=(12, 16, 24)),
+    Study("Learning rate", "baseline", (0, 1, 2), lr=(0.04, 0.08)),
+    Study("Learning rate", "baseline", lr=(0.16,)),
+    Study("Learning rate", "dropout", dropout=(0.1,), lr=(0.04, 0.08, 0.16)),
+    Study("Learning rate", "weight_decay", weight_decay=(0.001,), lr=(0.04, 0.08, 0.16)),
+    Study("Learning rate", "batch_norm", lr=(0.04, 0.32), **NORM),
+    Study("Learning rate", "batch_norm", (0, 1, 2), lr=(0.08, 0.16), **NORM),
+    Study("Learning rate", "combined", dropout=(0.1,), weight_decay=(0.001,),
+          lr=(0.04, 0.08, 0.16), **NORM),
+    Study("Dropout probability", "dropout", dropout=(0.1, 0.2, 0.3, 0.5), lr=(0.04,),
+          epochs=(20,), schedule=("cosine",)),
+    Study("Dropout probability", "dropout", dropout=(0.1, 0.2, 0.3)),
+    Study("Dropout probability", "dropout", (1, 2), dropout=(0.1, 0.2)),
+    Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002, 0.004),
+          lr=(0.04,), epochs=(20,), schedule=("cosine",)),
+    Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002)),
+    Study("L2 coefficient", "weight_decay", (1, 2), weight_decay=(0.001,)),
+    Study("L2 coefficient", "weight_decay", weight_decay=(0.001,), decay_all=(True,)),
+    Study("All three together", "combined", dropout=(0.05, 0.1, 0.2),
+          weight_decay=(0.0005, 0.001, 0.002), **NORM),
+    Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.001,), **NORM),
+    Study("All three together", "combined", (1,), dropout=(0.2,), weight_decay=(0.001,), **NORM),
+)
+# fmt: on
 
 
 def _search_row(setting: Setting, config: TrainConfig) -> dict:
