@@ -1363,13 +1363,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train_command(args) -> int:
-    jobs = []
-    for name in SETTINGS if "all" in args.settings else args.settings:
-        setting = get_setting(name)
-        setting = setting if args.lr is None else replace(setting, lr=args.lr)
-        for seed in args.seeds:
-            config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, seed=seed)
-            jobs.append((setting, config))
+    names = SETTINGS if "all" in args.settings else args.settings
+    change = {} if args.lr is None else {"lr": args.lr}
+    settings = [replace(get_setting(name), **change) for name in names]
+    size = {"epochs": args.epochs, "batch_size": args.batch_size}
+    configs = [TrainConfig(seed=seed, **size) for seed in args.seeds]
+    jobs = [(setting, config) for config in configs for setting in settings]
     options = {"root": args.data, "workers": args.workers}
     runs = train_and_save(jobs, args.out, args.overwrite, **options)
     for run in runs:
