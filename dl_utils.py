@@ -1186,10 +1186,10 @@ def _panels(axes, rows: int, columns: int, size: tuple[float, float], **options)
     return axes[0].figure, axes
 
 
-def _label(ax, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=10)
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+def _label(ax, title: str, x: str, y: str, size: int = 10) -> None:
+    ax.set_title(title, fontsize=size)
+    ax.set_xlabel(x, fontsize=size)
+    ax.set_ylabel(y, fontsize=size)
 
 
 def _show_image(ax, image: Tensor, title: str) -> None:
@@ -1215,7 +1215,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     """
     names = names or [name for name in SETTINGS if name in set(history.setting)]
     rows, columns = math.ceil(len(names) / 2), min(2, len(names))
-    size = (7, 2.5 * rows + 0.2)
+    size = (7, 2.1 * rows + 0.2)
     figure, axes = _panels(axes, rows, columns, size, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
@@ -1243,34 +1243,41 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
 
     table: search.csv.
     """
+
+    def text(value) -> str:
+        return f"{value:g}" if type(value) is float else str(value).replace("_", " ")
+
     table = table.assign(key=_search_keys(table), accuracy=100 * table.val_accuracy)
     questions = list(dict.fromkeys(study.question for study in plan))
-    rows = math.ceil(len(questions) / 2)
-    figure, axes = _panels(axes, rows, 2, (7, 2.2 * rows))
+    rows = math.ceil(len(questions) / 3)
+    figure, axes = _panels(axes, rows, 3, (7.4, 2.9 * rows))
     for ax, question in zip(axes, questions):
         jobs = [job for study in plan if study.question == question for job in study.jobs()]
         runs = table[table.key.isin({tuple(_search_row(*job).values()) for job in jobs})]
         x, lines = QUESTIONS[question]
-        places = list(dict.fromkeys(sorted(runs[x]) if x != "norm_place" else BLOCK_ORDERS))
+        places = list(BLOCK_ORDERS) if x == "norm_place" else sorted(set(runs[x]))
         runs = runs.assign(place=runs[x].map(places.index))
         for values, line in runs.groupby(lines, sort=False):
-            means = line.groupby("place").accuracy.mean()
-            label = ", ".join(
-                f"{value:g}" if type(value) is float else str(value) for value in values
-            )
-            (drawn,) = ax.plot(means.index, means, "-", lw=1, label=label.replace("_", " "))
+            means, shown = line.groupby("place").accuracy.mean(), dict(zip(lines, values))
+            color = COLORS[values[0]] if lines == ["setting"] else None
+            label = ", ".join(map(text, values))
+            (drawn,) = ax.plot(means.index, means, "-", lw=1, color=color, label=label)
             ax.plot(line.place, line.accuracy, ".", color=drawn.get_color(), ms=5)
             chosen = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
-            if all(chosen[key] == value for key, value in zip(lines, values)):
-                place = places.index(chosen[x]) if chosen[x] in places else None
-                if place in means.index:
-                    ax.plot(place, means[place], "o", mfc="none", mec="black", ms=10)
-        names = [f"{p:g}" if not isinstance(p, str) else p.replace("_", " ") for p in places]
-        ax.set_xticks(range(len(places)), names, fontsize=8)
-        _label(ax, question, x.replace("_", " "), "val accuracy (%)")
+            if x == "lr":  # the best learning rate depends on the schedule
+                shown["schedule"] = line.schedule.iloc[0]
+            place = places.index(chosen[x]) if chosen[x] in places else None
+            if all(chosen[key] == shown[key] for key in shown) and place in means.index:
+                ax.plot(place, means[place], "o", mfc="none", mec="black", ms=10)
+        many = len(places) > 5
+        names = [text(place).replace(" ", "\n") for place in places]
+        ax.set_xticks(range(len(places)), names, rotation=90 if many else 0)
+        ax.tick_params(labelsize=7)
+        _label(ax, question, text(x), "val accuracy (%)", size=8)
         ax.grid(alpha=0.3)
-        legend = ", ".join(lines).replace("_", " ")
-        ax.legend(fontsize=6, title=legend, title_fontsize=6)
+        tall = many or "\n" in "".join(names)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.48 if tall else -0.3)}
+        ax.legend(fontsize=6, title=", ".join(map(text, lines)), title_fontsize=6, **below)
     for ax in axes[len(questions) :]:
         ax.set_axis_off()
     return figure
@@ -1278,7 +1285,7 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
 
 def plot_confusion(matrix: pd.DataFrame, axes=None):
     """A confusion matrix, (10, 10), in percent of each true class."""
-    figure, (ax, *_) = _panels(axes, 1, 1, (6, 4.8))
+    figure, (ax, *_) = _panels(axes, 1, 1, (5.6, 4.2))
     shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
     for row, column in itertools.product(range(len(CLASSES)), repeat=2):

@@ -81,7 +81,8 @@ def test_help_reads_well(command, capsys):
     examples = [line.strip() for line in text.splitlines() if "  python dl_utils.py" in line]
     assert examples
     for example in examples:
-        dl.build_parser().parse_args(shlex.split(example)[2:])
+        command = re.split(r"\s{2,}", example)[0]
+        dl.build_parser().parse_args(shlex.split(command)[2:])
 
 
 def test_a_run_that_is_there_is_not_trained_again(folder, small_data, capsys):
