@@ -1232,6 +1232,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
             ax.plot(kept, runs[seed][kept], "o", color=color, ms=5)
         _label(ax, f"{SETTINGS[name].label}: accuracy by epoch", "epoch", "accuracy (%)")
         ax.tick_params(labelbottom=True)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(loc="lower right", fontsize=8)
     for ax in axes[len(names) :]:
@@ -1252,7 +1253,7 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
     table = table.assign(key=_search_keys(table), accuracy=100 * table.val_accuracy)
     questions = list(dict.fromkeys(study.question for study in plan))
     rows = math.ceil(len(questions) / 3)
-    figure, axes = _panels(axes, rows, 3, (7.4, 2.9 * rows))
+    figure, axes = _panels(axes, rows, 3, (7, 2.65 * rows))
     for ax, question in zip(axes, questions):
         jobs = [job for study in plan if study.question == question for job in study.jobs()]
         runs = table[table.key.isin({tuple(_search_row(*job).values()) for job in jobs})]
@@ -1287,7 +1288,7 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
 
 def plot_confusion(matrix: pd.DataFrame, axes=None):
     """A confusion matrix, (10, 10), in percent of each true class."""
-    figure, (ax, *_) = _panels(axes, 1, 1, (5.6, 4.2))
+    figure, (ax, *_) = _panels(axes, 1, 1, (5.6, 3.7))
     shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
     for row, column in itertools.product(range(len(CLASSES)), repeat=2):
@@ -1304,13 +1305,13 @@ def plot_confusion(matrix: pd.DataFrame, axes=None):
 def plot_mistakes(model: nn.Module, split: Split, axes=None, count: int = 10):
     """The mistakes made with the highest probability: true class, predicted class, percent."""
     rows = math.ceil(count / 5)
-    figure, axes = _panels(axes, rows, 5, (7, 1.75 * rows))
+    figure, axes = _panels(axes, rows, 5, (7, 1.85 * rows))
     confidence, predicted = predict(model, split).max(1)
     wrong = (predicted != split.labels.cpu()).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:count].tolist()
     for index, ax in zip(worst, axes):
         truth, guess = (CLASSES[int(labels[index])] for labels in (split.labels, predicted))
-        title = f"{truth},\ntaken for {guess} ({100 * confidence[index]:.1f} %)"
+        title = f"{truth},\ntaken for {guess}\n({100 * confidence[index]:.1f} %)"
         _show_image(ax, split.images[index], title)
     for ax in axes[len(worst) :]:
         ax.set_axis_off()
