@@ -968,6 +968,7 @@ SEARCH = (
           weight_decay=(0.0005, 0.001, 0.002), **NORM),
     Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (1,), dropout=(0.2,), weight_decay=(0.001,), **NORM),
+    Study("All three together", "combined", (0, 1), dropout=(0.0,), weight_decay=(0.001,), **NORM),
 )
 # fmt: on
 
