@@ -112,6 +112,7 @@ NUMBERS = r"(?<![\d.])[1-9]\d?\.\d\d(?![\d.])|(?<=[+−])\d\.\d\d|(?<=± )\d\.\d
 def test_numbers_in_prose_and_readme_are_facts(results):
     known, found = facts(results), 0
     for text in [*PROSE, README]:
+        text = re.sub(r"\b3\.1\d\b", "", text)  # versions of Python
         for number in re.findall(NUMBERS, text):
             assert number in known, f"{number} in: {text[:60]}"
             found += 1
