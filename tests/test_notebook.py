@@ -39,7 +39,8 @@ def test_cells_are_few_and_short():
     assert 12 <= len(CODE) <= 20 and statistics.median(lengths) <= 5 and max(lengths) <= 15
     for cell in CODE:
         assert max(map(len, source(cell).splitlines())) <= 79
-        assert sum(len(text.splitlines()) for text in outputs(cell) if "stream" in text) <= 15
+        streams = ["".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream"]
+        assert sum(len(text.splitlines()) for text in streams) <= 15
 
 
 def test_notebook_defines_nothing():
