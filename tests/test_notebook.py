@@ -120,6 +120,29 @@ def test_numbers_in_prose_and_readme_are_facts(results):
     assert found > 60
 
 
+def test_losses_in_prose_are_facts():
+    history = dl.read_table(ROOT / "weights/history.csv")
+    means = history.groupby(["setting", "split", "epoch"]).loss.mean()
+    conclusions = next(text for text in PROSE if "## 10 Conclusions" in text)
+    losses = re.findall(r"(?<!\d)0\.\d{3}(?!\d)", conclusions.replace("lambda = 0.001", ""))
+    assert len(losses) > 8 and set(losses) <= {f"{loss:.3f}" for loss in means}
+
+
+def test_mistakes_in_prose_are_those_of_the_saved_weights(real_splits):
+    model = dl.load_checkpoint(ROOT / "weights/combined.pt").model
+    matrix = dl.confusion_matrix(model, real_splits["test"])
+    hits = sum(matrix.loc[name, name] for name in dl.CLASSES)
+    four = ["T-shirt", "pullover", "coat", "shirt"]
+    among = sum(matrix.loc[a, b] for a in four for b in four if a != b)
+    shirt = (100 * matrix.loc["shirt"] / matrix.loc["shirt"].sum()).map("{:.1f}".format)
+    prose = " ".join(PROSE)
+    assert f"{among} of its {10_000 - hits} mistakes are confusions among" in prose
+    assert (
+        f"{shirt['shirt']} % are recognized, {shirt['T-shirt']} % are taken for T-shirts, "
+        f"{shirt['pullover']} % for pullovers and {shirt['coat']} % for coats"
+    ) in prose
+
+
 def test_abstract_and_conclusions_say_the_differences_that_there_are(results):
     abstract, conclusions = PROSE[0], next(text for text in PROSE if "## 10 Conclusions" in text)
     runs = results.groupby("setting")
