@@ -221,7 +221,7 @@ def test_shipped_weights_give_their_row_of_the_results(name, results, real_split
     row = results[(results.setting == name) & (results.seed == 0)].iloc[0]
     assert dl.result_row(checkpoint) == row.to_dict()
     table = dl.reevaluate(checkpoint, real_splits)
-    assert table.equal.all() and len(table) == 3
+    assert table.agrees.all() and len(table) == 3
 
 
 def test_shipped_weights_are_pairwise_different():
