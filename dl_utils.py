@@ -744,7 +744,9 @@ def train_many(
             for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 index = pending.pop(future)
                 try:
-                    results[index] = _from_bytes(future.result())
+                    data = future.result()
+                    with _TRAINING:  # building a model draws from torch's generator as well
+                        results[index] = _from_bytes(data)
                     if on_finish:
                         on_finish(results[index])
                 except Exception as error:
