@@ -53,9 +53,9 @@ BLOCK_ORDERS = {
     "after_pooling": ("pool", "norm", "act"),
     "after_activation": ("pool", "act", "norm"),
 }
-OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "adam": torch.optim.Adam,
+OPTIMIZERS = {  # fused: all parameters in one step of the processor's own code
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
+    "adam": functools.partial(torch.optim.Adam, fused=True),
 }
 SCHEDULES = {  # factor of the learning rate after a fraction t of all steps
     "constant": lambda t: 1.0,
@@ -218,8 +218,15 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
     raw = Path(root) / "FashionMNIST" / "raw"
     for name, digest in RAW_FILES.items():
         path = raw / name
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # it is unpacked or downloaded below
+        except OSError as error:
+            reason = f"{path} cannot be read ({error.strerror}); delete it, and it is made anew"
+            raise ValueError(reason) from error
         _require(
-            not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() == digest,
+            hashlib.sha256(data).hexdigest() == digest,
             f"{path} does not hold what Fashion-MNIST holds; delete it, and it is made anew",
         )
     try:
@@ -567,6 +574,16 @@ def _write_atomically(path: Path, data: bytes) -> None:
         Path(part).unlink(missing_ok=True)
 
 
+def _require_writable(folder: Path) -> None:
+    """Make the folder, and find out before hours of training that nothing can be saved in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{folder} cannot be written to ({error.strerror}); choose another folder"
+        raise CheckpointError(reason) from error
+
+
 def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
     """Add rows to a CSV file in place of those with the same keys.
 
@@ -844,12 +861,7 @@ def train_and_save(
     file in it is of other hyperparameters and overwrite is off.
     """
     folder, jobs, runs = Path(folder), list(dict.fromkeys(jobs)), {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"{folder} cannot be written to ({error.strerror}); choose another folder"
-        raise CheckpointError(reason) from error
+    _require_writable(folder)
 
     def record(run: Checkpoint) -> None:
         row, keys = result_row(run), ["setting", "seed"]
@@ -994,8 +1006,10 @@ def search(
 
     Only the train and val splits reach training. options go to train_many.
     Returns the table: SEARCH_COLUMNS, val_accuracy (of the best epoch), seconds.
-    Raises ValueError at the end if a run failed; the others are in the table.
+    Raises CheckpointError, before any run, where the folder cannot be written to, and
+    ValueError at the end if a run failed; the others are in the table.
     """
+    _require_writable(Path(path).parent)
     done = set()
     if Path(path).exists():
         done = set(_search_keys(read_table(path, SEARCH_COLUMNS)))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ BAD = {
     "train dropout --lr 0": "lr is 0.0; expected a finite number > 0",
     "train dropout --lr nan": "lr is nan; expected",
     "train dropout --seeds -1": "seed is -1; expected",
+    "train dropout --out /proc/runs": "/proc/runs cannot be written to .*; choose another folder",
+    "search --out /proc/runs/search.csv": "/proc/runs cannot be written to .*; choose another",
     "test nowhere.pt": "nowhere.pt does not exist; expected a checkpoint",
     "test .": "results.csv does not exist; expected a table",
 }
@@ -53,6 +56,37 @@ def test_bad_input_ends_in_one_sentence(command, small_data, tmp_path, monkeypat
     out, err = capsys.readouterr()
     assert out == "" and re.match(f"dl_utils.py: .*{BAD[command]}", err) and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def no_space(_):
+    raise OSError(28, "No space left on device")
+
+
+FAILING = {
+    "train dropout --epochs 1 --batch-size 400": "batch_size is 400; expected at most the 330",
+    "train batch_norm --epochs 1 --batch-size 47": "batch_size 47 leaves a batch of one image",
+    "train dropout --lr 1e6": r"training diverged in epoch 1: the validation loss is (nan|inf)",
+    "train dropout --epochs 1": r"dropout.pt cannot be written \(No space left on device\); free",
+}
+
+
+@pytest.mark.parametrize("command", FAILING)
+def test_a_run_that_fails_is_said_in_one_sentence_and_keeps_the_rest(
+    command, small_data, splits, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(dl, "_processes", ThreadPoolExecutor)
+    monkeypatch.setattr(dl, "_load_once", lambda *_: splits)
+    out = ["--out", str(tmp_path)]
+    assert dl.main(["train", "baseline", "--epochs", "1", *out]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    if "No space" in FAILING[command]:
+        monkeypatch.setattr(os, "fsync", no_space)
+    assert dl.main([*shlex.split(command), *out]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert re.match(rf"\w+, seed 0, failed: .*{FAILING[command]}", err)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(

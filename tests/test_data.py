@@ -125,6 +125,14 @@ def test_unpacked_files_are_checked(copy, name, damage):
     assert len(dl.load_fashion_mnist(copy.parent.parent)["train"].labels) == 55_000
 
 
+def test_a_folder_in_the_place_of_a_file(copy):
+    path = copy / "train-labels-idx1-ubyte"
+    path.unlink()
+    path.mkdir()
+    said = message(copy.parent.parent)
+    assert said == f"{path} cannot be read (Is a directory); delete it, and it is made anew"
+
+
 def test_the_original_files_are_enough(copy):
     for name in dl.RAW_FILES:
         (copy / name).unlink()
