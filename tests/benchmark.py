@@ -1,6 +1,6 @@
 """Times training and measuring against the loop that everyone copies, and against the bound.
 
-    python tests/benchmark.py            about ten minutes, on an idle machine
+    python tests/benchmark.py            half an hour, on an idle machine
 
 Not part of the tests. What is compared is run in turn, round after round; a row has the median
 of the rounds' ratios, and the least and the greatest of them.
