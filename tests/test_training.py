@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_utils import (
+    SCHEDULES,
     SETTINGS,
     LeNet5,
     Setting,
@@ -22,6 +23,7 @@ from dl_utils import (
     minibatches,
     predict,
     train,
+    train_and_save,
     train_many,
 )
 
@@ -42,8 +44,9 @@ def test_history_is_tidy_and_holds_every_epoch_and_split(trained, config):
         assert rows == [(e, s) for e in (1, 2, 3) for s in ("train", "val", "test")]
 
 
-def test_kept_model_is_that_of_the_best_validation_epoch(splits):
+def test_kept_model_is_that_of_the_best_validation_epoch(splits, monkeypatch):
     # A learning rate so high that accuracy goes up and down: the best epoch is not the last.
+    monkeypatch.setitem(SCHEDULES, "constant", lambda t: 1.0)
     run = None
     for seed in range(8):
         config = TrainConfig(epochs=6, batch_size=64, seed=seed, schedule="constant")
@@ -153,11 +156,10 @@ def test_any_batch_size_gives_what_one_big_batch_gives(splits, trained, count, b
 
 def test_minibatches_cover_the_split_once_in_a_seeded_order(splits):
     split = splits["train"]
-    for generator in (None, torch.Generator().manual_seed(3)):
-        batches = list(minibatches(split, 32, generator))
-        assert [len(b.labels) for b in batches] == [32] * 10 + [10]
-        images = torch.cat([b.images for b in batches])
-        assert torch.equal(images.sum((1, 2, 3)).sort()[0], split.images.sum((1, 2, 3)).sort()[0])
+    batches = list(minibatches(split, 32, torch.Generator().manual_seed(3)))
+    assert [len(b.labels) for b in batches] == [32] * 10 + [10]
+    images = torch.cat([b.images for b in batches])
+    assert torch.equal(images.sum((1, 2, 3)).sort()[0], split.images.sum((1, 2, 3)).sort()[0])
     again = list(minibatches(split, 32, torch.Generator().manual_seed(3)))
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, again))
     assert not torch.equal(batches[0].images, split.images[:32])
@@ -185,6 +187,13 @@ def test_weight_decay_is_the_gradient_of_the_l2_penalty(splits, decay_all):
     make_optimizer(decayed, setting, TrainConfig()).step()
     for expected, found in zip(plain.parameters(), decayed.parameters()):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_job_given_twice_is_trained_once(splits, config, trained, tmp_path):
+    job = SETTINGS["baseline"], config
+    with ThreadPoolExecutor(1) as executor:
+        runs = train_and_save([job, job], tmp_path, executor=executor, splits=splits)
+    assert runs[0] is runs[1] and runs[0].history.equals(trained["baseline"].history)
 
 
 def test_measure_limits_what_is_measured(splits, config, trained):
@@ -259,11 +268,14 @@ def test_unusable_data_is_refused(splits, trained, make, sentence):
         train(SETTINGS["baseline"], {**splits, "val": split}, TrainConfig(1))
 
 
-def test_training_needs_train_and_val(splits):
+def test_training_needs_train_and_val_and_what_it_is_to_measure(splits):
     for name in ("train", "val"):
         rest = {key: split for key, split in splits.items() if key != name}
-        with pytest.raises(ValueError, match="expected splits named train and val"):
-            train(SETTINGS["baseline"], rest, TrainConfig(1))
+        for measure in (None, ("val",)):
+            with pytest.raises(ValueError, match="expected splits named train and val"):
+                train(SETTINGS["baseline"], rest, TrainConfig(1), measure=measure)
+    with pytest.raises(ValueError, match="and all those of measure"):
+        train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("val", "tset"))
 
 
 def test_train_many_gives_the_bits_of_one_after_the_other(splits, config, trained, capsys):
@@ -305,6 +317,14 @@ def test_a_result_that_cannot_be_kept_does_not_end_the_others(splits, config, ca
 
 def test_train_many_of_nothing():
     assert train_many([]) == []
+    with pytest.raises(ValueError, match="workers is 0; expected 1 or more"):
+        train_many([], workers=0)
+
+
+def test_different_jobs_for_one_file_are_refused(tmp_path):
+    jobs = [(SETTINGS["baseline"], TrainConfig(epochs)) for epochs in (1, 2)]
+    with pytest.raises(ValueError, match="two different jobs would write the same file"):
+        train_and_save(jobs, tmp_path)
 
 
 def test_train_many_takes_a_dask_cluster(splits, config, trained):
