@@ -1131,7 +1131,8 @@ class Table(NamedTuple):
 
     def _repr_html_(self) -> str:
         head, body = self._text().to_html(index=False, border=0, justify="left").split("\n", 1)
-        caption = f"<caption style='text-align: left'><b>{self.caption}</b></caption>"
+        style = "text-align: left; white-space: nowrap; font-weight: bold"
+        caption = f"<caption style='{style}'>{self.caption}</caption>"
         return f"{head}\n{caption}\n{body}"
 
     def _repr_latex_(self) -> str:

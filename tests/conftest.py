@@ -1,5 +1,6 @@
 """Small data that a network learns in a second, and the real data where it is there."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def same_conditions_everywhere():
     torch.set_num_threads(1)
+    # A shell starts background jobs deaf to Ctrl-C, and their children would be so too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_split(count: int, seed: int) -> Split:
