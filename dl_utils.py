@@ -1114,6 +1114,7 @@ def check_batch_norm_gradients(m: int = 32, eps: float = 1e-5, seed: int = 0) ->
 # Told apart by colour-blind readers (Okabe and Ito 2008).
 PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00")
 COLORS = dict(zip(SETTINGS, itertools.cycle(PALETTE)))
+OTHER_COLORS = ("tab:brown", "tab:olive", "tab:cyan", "tab:gray", "tab:red", "tab:purple", "navy")
 # 97.5 % quantile of Student's t for 1 to 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
@@ -1151,7 +1152,8 @@ def percent(fraction: float) -> str:
 
 
 def _with_spread(mean: float, spread: float, form: str = ".2f") -> str:
-    return f"{mean:{form}}" + ("" if math.isnan(spread) else f" ± {spread:{form.lstrip('+')}}")
+    mean = f"{mean:{form}}".replace("-", "−")
+    return mean + ("" if math.isnan(spread) else f" ± {spread:{form.lstrip('+')}}")
 
 
 def _runs_by_setting(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -1188,7 +1190,7 @@ def seed_table(results: pd.DataFrame) -> pd.DataFrame:
     and test in points, the kept epoch."""
     rows = []
     for name, runs in _runs_by_setting(results).items():
-        row = {"setting": SETTINGS[name].label, "runs": len(runs)}
+        row = {"setting": SETTINGS[name].label}
         for column, label in MEASURES.items():
             row[label if column == "gap" else f"{label} %"] = _with_spread(
                 100 * runs[column].mean(), 100 * runs[column].std()
@@ -1303,7 +1305,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     """
     names = names or [name for name in SETTINGS if name in set(history.setting)]
     rows, columns = math.ceil(len(names) / 2), min(2, len(names))
-    size = (7, 2 * rows + 0.1)
+    size = (7, 2.3 * rows)
     figure, axes = _panels(axes, rows, columns, size, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
@@ -1318,7 +1320,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
             ax.plot(kept, runs[seed][kept], "o", color=color, ms=5)
         _label(ax, f"{SETTINGS[name].label}: accuracy by epoch", "epoch", "accuracy (%)")
         ax.tick_params(labelbottom=True)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xticks(sorted({1, *range(4, max(epochs.epoch) + 1, 4)}))
         ax.grid(alpha=0.3)
         ax.legend(loc="lower right", fontsize=8)
     for ax in axes[len(names) :]:
@@ -1334,16 +1336,22 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
     """
 
     def text(value) -> str:
+        short = {"lr": "learning rate", "baseline": "none", "combined": "all three"}
+        value = short.get(value, value)
         return f"{value:g}" if type(value) is float else str(value).replace("_", " ")
 
-    table = table.assign(key=_search_keys(table), accuracy=100 * table.val_accuracy)
+    def but_seed(rows: pd.DataFrame) -> list[tuple]:
+        return list(rows[SEARCH_COLUMNS].drop(columns="seed").itertuples(index=False, name=None))
+
+    table = table.assign(key=but_seed(table), accuracy=100 * table.val_accuracy)
     rows = math.ceil(len(questions) / 3)
-    figure, axes = _panels(axes, rows, 3, (7, 2.95 * rows))
+    figure, axes = _panels(axes, rows, 3, (7, 2.6 * rows))
     for ax, question in zip(axes, questions):
         jobs = [job for study in plan if study.question == question for job in study.jobs()]
-        runs = table[table.key.isin({tuple(_search_row(*job).values()) for job in jobs})]
+        runs = table[table.key.isin(but_seed(pd.DataFrame(_search_row(*job) for job in jobs)))]
         x, lines = QUESTIONS[question]
         places = list(BLOCK_ORDERS) if x == "norm_place" else sorted(set(runs[x]))
+        ax.set_prop_cycle(color=OTHER_COLORS)
         for values, line in runs.groupby(lines, sort=False):
             means = line.groupby(x).accuracy.mean()
             color = COLORS[values[0]] if set(lines) <= {"setting", "schedule"} else None
@@ -1363,10 +1371,10 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
         _label(ax, question, text(x), "val accuracy (%)", size=8)
         ax.grid(alpha=0.3)
         tall = many or "\n" in "".join(names)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.36 if tall else -0.2)}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4 if tall else -0.23)}
         ncols = 2 if len(ax.get_legend_handles_labels()[1]) > 3 else 1
-        close = {"ncols": ncols, "columnspacing": 0.6, "handlelength": 1, "fontsize": 5.5}
-        ax.legend(title=", ".join(map(text, lines)), title_fontsize=5.5, **below, **close)
+        close = {"ncols": ncols, "columnspacing": 0.6, "handlelength": 1, "fontsize": 6}
+        ax.legend(title=", ".join(map(text, lines)), title_fontsize=6, **below, **close)
     for ax in axes[len(questions) :]:
         ax.set_axis_off()
     return figure
@@ -1391,7 +1399,7 @@ def plot_confusion(matrix: pd.DataFrame, axes=None):
 def plot_mistakes(model: nn.Module, split: Split, axes=None, count: int = 10):
     """The mistakes made with the highest probability: true class, predicted class, percent."""
     rows = math.ceil(count / 5)
-    figure, axes = _panels(axes, rows, 5, (7, 1.85 * rows))
+    figure, axes = _panels(axes, rows, 5, (7, 1.65 * rows))
     confidence, predicted = predict(model, split).max(1)
     wrong = (predicted != split.labels.cpu()).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:count].tolist()

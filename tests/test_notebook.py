@@ -1,5 +1,6 @@
 """EX1.ipynb and README.md: hygiene, and that their numbers are those of the files."""
 
+import itertools
 import json
 import re
 import statistics
@@ -107,7 +108,7 @@ def facts(results):
     return {f"{abs(100 * number):.2f}" for number in numbers}
 
 
-NUMBERS = r"(?<![\d.])[1-9]\d?\.\d\d(?![\d.])|(?<=[+−])\d\.\d\d|(?<=± )\d\.\d\d"
+NUMBERS = r"(?<![\d.])[1-9]\d?\.\d\d(?![\d.])|(?<=[+−])\d\.\d\d(?!\d)|(?<=± )\d\.\d\d(?!\d)"
 
 
 def test_numbers_in_prose_and_readme_are_facts(results):
@@ -124,8 +125,15 @@ def test_losses_in_prose_are_facts():
     history = dl.read_table(ROOT / "weights/history.csv")
     means = history.groupby(["setting", "split", "epoch"]).loss.mean()
     conclusions = next(text for text in PROSE if "## 10 Conclusions" in text)
+    last = history[history.epoch == history.epoch.max()]
+    last = last.pivot(index="seed", columns=["setting", "split"], values="loss")
+    differences = []
+    for name, other in itertools.permutations(dl.SETTINGS, 2):
+        pairs = last[name, "test"] - last[other, "test"]
+        half = dl.T_975[len(pairs) - 2] * pairs.std() / len(pairs) ** 0.5
+        differences += [abs(pairs.mean()), half]
     losses = re.findall(r"(?<!\d)0\.\d{3}(?!\d)", conclusions.replace("lambda = 0.001", ""))
-    assert len(losses) > 8 and set(losses) <= {f"{loss:.3f}" for loss in means}
+    assert len(losses) > 8 and set(losses) <= {f"{loss:.3f}" for loss in [*means, *differences]}
 
 
 def test_mistakes_in_prose_are_those_of_the_saved_weights(real_splits):
@@ -162,7 +170,7 @@ def test_abstract_and_conclusions_say_the_differences_that_there_are(results):
 def test_result_table_of_the_readme_is_that_of_the_results(results):
     table = dl.seed_table(results)
     for row in table.itertuples(index=False):
-        cells = [row[0], row[2], row[3], row[4]]
+        cells = list(row[:4])
         assert re.search(r"\| *" + r" *\| *".join(map(re.escape, cells)) + r" *\|", README), row
 
 

@@ -50,7 +50,7 @@ def test_summary_table_is_train_and_test_of_one_seed(results):
 
 def test_seed_table_has_mean_deviation_and_gap(results):
     row = dl.seed_table(results).set_index("setting").loc["Weight decay"]
-    assert row["runs"] == 3 and row["test %"] == "90.20 ± 0.20" and row["gap"] == "1.80 ± 0.20"
+    assert row["test %"] == "90.20 ± 0.20" and row["gap"] == "1.80 ± 0.20"
 
 
 def test_paired_differences_have_students_interval(results):
