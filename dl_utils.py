@@ -945,7 +945,7 @@ QUESTIONS = {  # the field on the axis of the panel, and the fields that tell it
     "Learning rate": ("lr", ["setting"]),
     "Dropout probability": ("dropout", ["epochs", "schedule"]),
     "L2 coefficient": ("weight_decay", ["epochs", "schedule", "decay_all"]),
-    "All three together": ("weight_decay", ["epochs", "dropout"]),
+    "All three together": ("weight_decay", ["epochs", "dropout", "decay_all"]),
 }
 FIRST_LOOK = {"epochs": (12,), "schedule": ("cosine",)}
 NORM = {"batch_norm": (True,)}
@@ -996,6 +996,7 @@ SEARCH = (
           epochs=(20,), schedule=("cosine",)),
     Study("Dropout probability", "dropout", dropout=(0.1, 0.2, 0.3)),
     Study("Dropout probability", "dropout", (1, 2), dropout=(0.1, 0.2)),
+    Study("Dropout probability", "dropout", (0, 1, 2), dropout=(0.05,)),
     Study("Dropout probability", "dropout", dropout=(0.1, 0.2), epochs=(32,)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002, 0.004),
           lr=(0.04,), epochs=(20,), schedule=("cosine",)),
@@ -1009,6 +1010,8 @@ SEARCH = (
     Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (1,), dropout=(0.2,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (0, 1), dropout=(0.0,), weight_decay=(0.001,), **NORM),
+    Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.001,),
+          decay_all=(True,), **NORM),
     Study("All three together", "combined", dropout=(0.1, 0.2), weight_decay=(0.001, 0.002),
           epochs=(32,), **NORM),
     Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.004,),
@@ -1114,7 +1117,7 @@ def check_batch_norm_gradients(m: int = 32, eps: float = 1e-5, seed: int = 0) ->
 # Told apart by colour-blind readers (Okabe and Ito 2008).
 PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00")
 COLORS = dict(zip(SETTINGS, itertools.cycle(PALETTE)))
-OTHER_COLORS = ("tab:brown", "tab:olive", "tab:cyan", "tab:gray", "tab:red", "tab:purple", "navy")
+OTHER_COLORS = ("brown", "olive", "darkturquoise", "gray", "red", "purple", "navy", "teal")
 # 97.5 % quantile of Student's t for 1 to 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
