@@ -1374,7 +1374,7 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
         _label(ax, question, text(x), "val accuracy (%)", size=8)
         ax.grid(alpha=0.3)
         tall = many or "\n" in "".join(names)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4 if tall else -0.23)}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.48 if tall else -0.28)}
         ncols = 2 if len(ax.get_legend_handles_labels()[1]) > 3 else 1
         close = {"ncols": ncols, "columnspacing": 0.6, "handlelength": 1, "fontsize": 6}
         ax.legend(title=", ".join(map(text, lines)), title_fontsize=6, **below, **close)
