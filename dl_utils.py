@@ -1032,8 +1032,9 @@ def _search_row(setting: Setting, config: TrainConfig) -> dict:
 SEARCH_COLUMNS = list(_search_row(*SEARCH_START))
 
 
-def _search_keys(table: pd.DataFrame) -> list[tuple]:
-    return list(table[SEARCH_COLUMNS].itertuples(index=False, name=None))
+def _search_keys(table: pd.DataFrame, but: tuple[str, ...] = ()) -> list[tuple]:
+    columns = [column for column in SEARCH_COLUMNS if column not in but]
+    return list(table[columns].itertuples(index=False, name=None))
 
 
 def search(
@@ -1155,6 +1156,7 @@ def percent(fraction: float) -> str:
 
 
 def _with_spread(mean: float, spread: float, form: str = ".2f") -> str:
+    mean = float(f"{mean:{form}}") + 0.0  # rounded, and no minus before a zero
     mean = f"{mean:{form}}".replace("-", "−")
     return mean + ("" if math.isnan(spread) else f" ± {spread:{form.lstrip('+')}}")
 
@@ -1343,15 +1345,13 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
         value = short.get(value, value)
         return f"{value:g}" if type(value) is float else str(value).replace("_", " ")
 
-    def but_seed(rows: pd.DataFrame) -> list[tuple]:
-        return list(rows[SEARCH_COLUMNS].drop(columns="seed").itertuples(index=False, name=None))
-
-    table = table.assign(key=but_seed(table), accuracy=100 * table.val_accuracy)
+    table = table.assign(key=_search_keys(table, ("seed",)), accuracy=100 * table.val_accuracy)
     rows = math.ceil(len(questions) / 3)
     figure, axes = _panels(axes, rows, 3, (7, 2.6 * rows))
     for ax, question in zip(axes, questions):
         jobs = [job for study in plan if study.question == question for job in study.jobs()]
-        runs = table[table.key.isin(but_seed(pd.DataFrame(_search_row(*job) for job in jobs)))]
+        planned = pd.DataFrame(_search_row(*job) for job in jobs)
+        runs = table[table.key.isin(_search_keys(planned, ("seed",)))]
         x, lines = QUESTIONS[question]
         places = list(BLOCK_ORDERS) if x == "norm_place" else sorted(set(runs[x]))
         ax.set_prop_cycle(color=OTHER_COLORS)

@@ -121,17 +121,14 @@ def test_numbers_in_prose_and_readme_are_facts(results):
     assert found > 60
 
 
-def test_losses_in_prose_are_facts():
+def test_losses_in_prose_are_facts(results):
     history = dl.read_table(ROOT / "weights/history.csv")
     means = history.groupby(["setting", "split", "epoch"]).loss.mean()
     conclusions = next(text for text in PROSE if "## 10 Conclusions" in text)
-    last = history[history.epoch == history.epoch.max()]
-    last = last.pivot(index="seed", columns=["setting", "split"], values="loss")
-    differences = []
-    for name, other in itertools.permutations(dl.SETTINGS, 2):
-        pairs = last[name, "test"] - last[other, "test"]
-        half = dl.T_975[len(pairs) - 2] * pairs.std() / len(pairs) ** 0.5
-        differences += [abs(pairs.mean()), half]
+    last = history[(history.epoch == history.epoch.max()) & (history.split == "test")]
+    runs = results.merge(last, on=["setting", "seed"])
+    pairs = itertools.permutations(dl.SETTINGS, 2)
+    differences = [abs(x) for pair in pairs for x in dl.paired_difference(runs, *pair, "loss")]
     losses = re.findall(r"(?<!\d)0\.\d{3}(?!\d)", conclusions.replace("lambda = 0.001", ""))
     assert len(losses) > 8 and set(losses) <= {f"{loss:.3f}" for loss in [*means, *differences]}
 

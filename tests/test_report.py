@@ -59,6 +59,8 @@ def test_paired_differences_have_students_interval(results):
     assert difference[1] == pytest.approx(4.303 * 0.004 / math.sqrt(3))
     table = dl.difference_table(results)
     assert table["test"].iloc[-1] == "+4.40 ± 0.99"
+    assert dl._with_spread(-0.001, 0.3, "+.2f") == "+0.00 ± 0.30"
+    assert dl._with_spread(-1.25, 0.3, "+.2f") == "−1.25 ± 0.30"
     many = pd.concat([results.assign(seed=results.seed + 3 * k) for k in range(5)])
     assert dl.paired_difference(many, "combined")[1] < difference[1]  # 15 seeds
     one_seed = results[results.seed == 0]

@@ -93,6 +93,45 @@ def session_processes(session):
     return found
 
 
+TRAIN = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import dl_utils as dl
+from conftest import make_split
+
+if __name__ == "__main__":
+    data = dict(train=make_split(330, 1), val=make_split(100, 2), test=make_split(150, 3))
+    jobs = [(dl.SETTINGS["combined"], dl.TrainConfig(10, 32, seed=seed)) for seed in range(4)]
+    dl.train_and_save(jobs, sys.argv[1], splits=data, workers=2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_killed_training_goes_on_with_what_is_missing(tmp_path):
+    script, folder = tmp_path / "run.py", tmp_path / "runs"
+    script.write_text(TRAIN.format(root=str(ROOT)))
+    kept, deadline = {}, time.monotonic() + 100
+    for killed in (True, False):
+        process = subprocess.Popen([sys.executable, script, folder], start_new_session=True,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        while killed and process.poll() is None and not list(folder.glob("*.pt")):
+            time.sleep(0.02)
+        if killed:
+            process.kill()
+        assert process.wait(100) == (-signal.SIGKILL if killed else 0)
+        while session_processes(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not session_processes(process.pid), "workers are left"
+        files = {path: path.read_bytes() for path in folder.glob("*.pt")}
+        assert kept.items() <= files.items(), "a finished run is lost or was trained again"
+        kept = files
+        for path in files:
+            dl.load_checkpoint(path)
+        assert 1 <= len(files) < 4 if killed else len(files) == 4
+    assert len(dl.read_table(folder / "results.csv")) == 4
+    assert len(dl.read_table(folder / "history.csv")) == 4 * 10 * 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_interrupted_search_goes_on_with_what_is_missing(tmp_path):
     script, path = tmp_path / "run.py", tmp_path / "search.csv"
