@@ -69,6 +69,7 @@ CHOICES = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
+USES = ("weights", "batches", "dropout")  # of randomness in training
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -145,19 +146,22 @@ class TrainConfig:
     schedule: str = "one_cycle"
 
     def __post_init__(self):
-        for key, least in {"epochs": 1, "batch_size": 1, "seed": 0, "split_seed": 0}.items():
-            _require_number(self, key, least, kind=int)
+        _require_number(self, "epochs", 1, kind=int)
+        _require_number(self, "batch_size", 1, kind=int)
+        # torch's generator on the CPU takes 32 bits of a seed.
+        _require_number(self, "seed", 0, 2**32 // len(USES), kind=int)
+        _require_number(self, "split_seed", 0, 2**32, kind=int)
         _require_choice(self, "optimizer", "schedule")
 
 
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("baseline", "No regularization"),
-        Setting("dropout", "Dropout", dropout=0.1),
-        Setting("weight_decay", "Weight decay", weight_decay=1e-3),
-        Setting("batch_norm", "Batch normalization", batch_norm=True),
-        Setting("combined", "All three", dropout=0.1, weight_decay=1e-3, batch_norm=True),
+        Setting("baseline", "No regularization", lr=0.08),
+        Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
+        Setting("weight_decay", "Weight decay", weight_decay=1e-3, lr=0.08),
+        Setting("batch_norm", "Batch normalization", batch_norm=True, lr=0.08),
+        Setting("combined", "All three", dropout=0.1, weight_decay=1e-3, batch_norm=True, lr=0.08),
     )
 }
 
@@ -283,33 +287,27 @@ class LeNet5(nn.Module):
 
     61,706 parameters; batch normalization adds 2 for each channel or unit it normalizes.
     A technique that is off leaves an identity in its place, so that every variant has the
-    same layer names. The arguments are those of Setting.
+    same layer names. The arguments, and the errors they raise, are those of Setting.
     """
 
-    def __init__(
-        self,
-        dropout: float = 0.0,
-        batch_norm: bool = False,
-        *,
-        activation: str = "relu",
-        pooling: str = "max",
-        norm_layers: str = "all",
-        norm_place: str = "after_activation",
-    ):
+    def __init__(self, dropout: float = 0.0, batch_norm: bool = False, **options):
         super().__init__()
+        setting = Setting("", "", dropout=dropout, batch_norm=batch_norm, **options)
+        everywhere = batch_norm and setting.norm_layers == "all"
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
-        norm1d = nn.BatchNorm1d if batch_norm and norm_layers == "all" else nn.Identity
+        norm1d = nn.BatchNorm1d if everywhere else nn.Identity
+        pool = POOLINGS[setting.pooling]
 
         def block(number: int, **layers: nn.Module) -> dict[str, nn.Module]:
-            layers["act"] = ACTIVATIONS[activation]()
-            order = [key for key in BLOCK_ORDERS[norm_place] if key in layers]
+            layers["act"] = ACTIVATIONS[setting.activation]()
+            order = [key for key in BLOCK_ORDERS[setting.norm_place] if key in layers]
             return {f"{key}{number}": layers[key] for key in order}
 
         layers = {
             "conv1": nn.Conv2d(1, 6, kernel_size=5, padding=2),  # (N, 6, 28, 28)
-            **block(1, norm=norm2d(6), pool=POOLINGS[pooling](2)),  # (N, 6, 14, 14)
+            **block(1, norm=norm2d(6), pool=pool(2)),  # (N, 6, 14, 14)
             "conv2": nn.Conv2d(6, 16, kernel_size=5),  # (N, 16, 10, 10)
-            **block(2, norm=norm2d(16), pool=POOLINGS[pooling](2)),  # (N, 16, 5, 5)
+            **block(2, norm=norm2d(16), pool=pool(2)),  # (N, 16, 5, 5)
             "flatten": nn.Flatten(),  # (N, 400)
             "fc3": nn.Linear(400, 120),  # (N, 120)
             **block(3, norm=norm1d(120)),
@@ -328,17 +326,20 @@ class LeNet5(nn.Module):
 
 
 def _seed_of(use: str, seed: int) -> int:
-    """A seed for one use of randomness in training; no two uses of any two seeds share one."""
-    uses = ("weights", "batches", "dropout")
-    return len(uses) * seed + uses.index(use)
+    """A seed for one of USES; no two uses of any two seeds share one."""
+    return len(USES) * seed + USES.index(use)
+
+
+def _options(setting: Setting) -> dict:
+    keys = ("dropout", "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
+    return {key: getattr(setting, key) for key in keys}
 
 
 def build_model(setting: Setting, seed: int = 0) -> LeNet5:
     """LeNet-5 as the setting wants it. Settings of one seed start from the same weights."""
-    keys = ("dropout", "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(_seed_of("weights", seed))
-        model = LeNet5(**{key: getattr(setting, key) for key in keys})
+        model = LeNet5(**_options(setting))
     return model.to(memory_format=torch.channels_last)  # faster, the same function
 
 
@@ -413,6 +414,10 @@ def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "EX1 LeNet-5 checkpoint", 1
 HISTORY_COLUMNS = ["epoch", "split", "loss", "accuracy"]
+BARE = (
+    "Bare weights are taken for those of a network with ReLU, maximum pooling and batch "
+    "normalization, if any, after the activation."
+)
 
 
 class CheckpointError(ValueError):
@@ -518,7 +523,7 @@ def _from_bytes(data: bytes) -> Checkpoint:
         norms = [key for key in ("norm1", "norm3") if f"layers.{key}.weight" in payload]
         layers = "conv" if norms == ["norm1"] else "all"
         bare = Setting("state_dict", "Weights", batch_norm=bool(norms), norm_layers=layers)
-        return Checkpoint(_load_weights(build_model(bare), payload), bare)
+        return Checkpoint(_load_model(bare, payload), bare)
     known = payload.get("format") == CHECKPOINT_FORMAT
     _require(known, "it was not saved by save_checkpoint")
     version = payload.get("version")
@@ -531,7 +536,7 @@ def _from_bytes(data: bytes) -> Checkpoint:
     _require(not missing, f"it lacks {', '.join(sorted(missing))}")
     setting = _read_fields(Setting, payload["setting"], "setting")
     config = _read_fields(TrainConfig, payload["config"], "config")
-    model = _load_weights(build_model(setting), payload["state_dict"])
+    model = _load_model(setting, payload["state_dict"])
     _require(_digest(payload) == payload["sha256"], "its contents do not match its checksum")
     history = pd.DataFrame(payload["history"])
     _require(list(history) == HISTORY_COLUMNS, "its history lacks columns")
@@ -547,8 +552,10 @@ def _read_fields(kind, values, name: str):
     return kind(**values)
 
 
-def _load_weights(model: LeNet5, weights: dict[str, Tensor]) -> LeNet5:
+def _load_model(setting: Setting, weights: dict[str, Tensor]) -> LeNet5:
     _require(isinstance(weights, dict), f"its weights are a {type(weights).__name__}, not a dict")
+    with torch.device("meta"):  # shapes without memory, and without drawing weights
+        model = LeNet5(**_options(setting))
     expected = model.state_dict()
     wrong = sorted(map(str, expected.keys() ^ weights.keys()))
     _require(not wrong, f"it is of another network: it lacks, or has unknown, {', '.join(wrong)}")
@@ -560,8 +567,10 @@ def _load_weights(model: LeNet5, weights: dict[str, Tensor]) -> LeNet5:
             f"{key} is not a tensor of shape {tuple(want.shape)} and type {want.dtype}",
         )
         _require(bool(tensor.isfinite().all()), f"{key} holds NaN or infinite values")
-    model.load_state_dict(weights)
-    return model.eval()
+        right = not key.endswith("running_var") or bool((tensor >= 0).all())
+        _require(right, f"{key} holds negative variances")
+    model.load_state_dict({key: weights[key].clone() for key in expected}, assign=True)
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -586,19 +595,21 @@ def _require_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = f"{folder} cannot be written to ({error.strerror}); choose another folder"
-        raise CheckpointError(reason) from error
+        raise ValueError(reason) from error
 
 
 def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
     """Add rows to a CSV file in place of those with the same keys.
 
     Safe against other processes that add to the same file, and against interruption.
+    Raises ValueError where the file is no table or lacks the keys, OSError where it cannot be
+    written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}.lock"):
         if path.exists():
-            old = read_table(path, list(rows))
+            old = read_table(path, keys)
             new = set(rows[keys].itertuples(index=False, name=None))
             kept = [key not in new for key in old[keys].itertuples(index=False, name=None)]
             rows = pd.concat([old[kept], rows], ignore_index=True)
@@ -662,6 +673,25 @@ def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
     return OPTIMIZERS[config.optimizer](groups, lr=setting.lr)
 
 
+def _splits_to_train_on(splits, measure, setting: Setting, size: int) -> dict[str, Split]:
+    """Those named train and in measure, checked against what batches of that size need."""
+    needed = dict.fromkeys(("train", "val", *measure))
+    known = "val" in measure and needed.keys() <= splits.keys()
+    found = f"found {', '.join(splits)}, to measure {', '.join(measure)}"
+    _require(known, f"expected splits named train and val, and all those to measure; {found}")
+    splits = {name: splits[name] for name in needed}
+    for split in splits.values():
+        _check_split(split)
+    count = len(splits["train"].labels)
+    _require(size <= count, f"batch_size is {size}; expected at most the {count} images there are")
+    _require(
+        not setting.batch_norm or 1 not in (size, count % size),
+        f"batch_size {size} leaves a batch of one image, which batch normalization cannot use; "
+        "choose another",
+    )
+    return splits
+
+
 def train(
     setting: Setting,
     splits: dict[str, Split],
@@ -682,24 +712,13 @@ def train(
     """
     device = torch.device(device or find_device())
     measure = tuple(splits) if measure is None else measure
-    known = "val" in measure and {"train", *measure} <= splits.keys()
-    _require(known, "expected splits named train and val, and all those of measure")
-    splits = {name: splits[name] for name in dict.fromkeys(("train", *measure))}
-    for split in splits.values():
-        _check_split(split)
-    count, size = len(splits["train"].labels), config.batch_size
-    _require(size <= count, f"batch_size is {size}; expected at most the {count} images there are")
-    _require(
-        not setting.batch_norm or 1 not in (size, count % size),
-        f"batch_size {size} leaves a batch of one image, which batch normalization cannot use; "
-        "choose another",
-    )
+    splits = _splits_to_train_on(splits, measure, setting, config.batch_size)
     splits = {name: split.to(device) for name, split in splits.items()}
     rows, kept, start = [], None, time.perf_counter()
     with _one_thread(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = build_model(setting, config.seed).to(device)
         optimizer = make_optimizer(model, setting, config)
-        steps = config.epochs * math.ceil(count / size)
+        steps = config.epochs * math.ceil(len(splits["train"].labels) / config.batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: SCHEDULES[config.schedule](step / steps)
         )
@@ -707,7 +726,7 @@ def train(
         torch.manual_seed(_seed_of("dropout", config.seed))
         for epoch in range(1, config.epochs + 1):
             model.train()
-            for images, labels in minibatches(splits["train"], size, batch_order):
+            for images, labels in minibatches(splits["train"], config.batch_size, batch_order):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
                 optimizer.step()
@@ -754,8 +773,10 @@ def train_many(
     on_finish: called in this process with each Checkpoint as soon as it is there.
 
     Returns the checkpoints in the order of jobs. A job that fails is reported at once, the
-    others go on, and its place in the list holds the exception. Raises FileNotFoundError where
-    there is no data.
+    others go on, and its place in the list holds the exception. Processes are spawned: a script
+    calls this under if __name__ == "__main__". An interrupt cancels the jobs not yet begun.
+    Raises ValueError for workers below 1 and, with the processes of this machine, what
+    load_fashion_mnist raises; with another executor that is a failure of the jobs.
     """
     _require(workers is None or workers >= 1, f"workers is {workers}; expected 1 or more")
     jobs, results = list(jobs), {}
@@ -770,18 +791,17 @@ def train_many(
             epochs_file = os.path.join(stack.enter_context(folder), "epochs")
             executor = stack.enter_context(_processes(min(len(jobs), workers or cores)))
         bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
-        with _ctrl_c_ignored():
+        with _ctrl_c_ignored() if epochs_file else contextlib.nullcontext():
             pending = {
                 executor.submit(_run_job, job, splits, str(root), measure, epochs_file): index
                 for index, job in enumerate(jobs)
             }
+        stack.callback(lambda: [future.cancel() for future in pending])  # after an interrupt
         while pending:
             for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 index = pending.pop(future)
                 try:
-                    data = future.result()
-                    with _TRAINING:  # building a model draws from torch's generator as well
-                        results[index] = _from_bytes(data)
+                    results[index] = _from_bytes(future.result())
                     if on_finish:
                         on_finish(results[index])
                 except Exception as error:
@@ -870,9 +890,9 @@ def train_and_save(
 
     A job whose checkpoint is there is not trained again, so that a second call goes on after
     an interruption; with overwrite all are. Returns the results in the order of jobs.
-    Raises, before any training, CheckpointError where the folder cannot be written to or a
-    file in it is of other hyperparameters and overwrite is off, and ValueError where two
-    different jobs would write the same file.
+    Raises, before any training, ValueError where the folder cannot be written to or two
+    different jobs would write the same file, and CheckpointError where a file in it is of other
+    hyperparameters and overwrite is off.
     """
     folder, jobs, runs = Path(folder), list(jobs), {}
     paths = {checkpoint_path(folder, setting.name, config.seed) for setting, config in jobs}
@@ -917,6 +937,7 @@ class Study:
     """
 
     def __init__(self, question: str, setting: str, seeds: tuple[int, ...] = (0,), **grid: tuple):
+        _require(question in QUESTIONS, f"no panel shows the question {question!r}")
         self.question, self.setting, self.seeds, self.grid = question, setting, seeds, grid
 
     def jobs(self) -> list[tuple[Setting, TrainConfig]]:
@@ -931,25 +952,28 @@ class Study:
         return jobs
 
 
-# Values that were chosen are repeated here, so that the plan does not move with the settings.
+# fmt: off
+# Every value is written here, so that the plan does not move with the defaults.
 SEARCH_START = (
-    Setting("start", "Start", lr=0.08, norm_place="after_activation"),
-    TrainConfig(epochs=16, batch_size=128, optimizer="sgd", schedule="one_cycle"),
+    Setting("start", "Start", dropout=0.0, weight_decay=0.0, batch_norm=False, lr=0.08,
+            activation="relu", pooling="max", norm_layers="all", norm_place="after_activation",
+            decay_all=False),
+    TrainConfig(epochs=16, batch_size=128, seed=0, split_seed=0, optimizer="sgd",
+                schedule="one_cycle"),
 )
-QUESTIONS = {  # the field on the axis of the panel, and the fields that tell its lines apart
-    "Activation and pooling": ("lr", ["activation", "pooling", "schedule"]),
+QUESTIONS = {  # what is on the axis of the panel, and what tells its lines apart
+    "Activation and pooling": ("lr", ["activation", "pooling"]),
     "Batch size": ("lr", ["batch_size", "optimizer"]),
-    "Optimizer and schedule": ("lr", ["setting", "optimizer", "schedule"]),
-    "Place of batch norm": ("norm_place", ["norm_layers"]),
-    "Epochs": ("epochs", ["setting", "schedule"]),
+    "Optimizer and schedule": ("lr", ["setting", "optimizer"]),
+    "Place of batch normalization": ("norm_place", ["norm_layers"]),
     "Learning rate": ("lr", ["setting"]),
-    "Dropout probability": ("dropout", ["epochs", "schedule"]),
-    "L2 coefficient": ("weight_decay", ["epochs", "schedule", "decay_all"]),
+    "Number of epochs": ("epochs", ["setting"]),
+    "Dropout probability": ("dropout", ["epochs"]),
+    "L2 coefficient": ("weight_decay", ["epochs", "decay_all"]),
     "All three together": ("weight_decay", ["epochs", "dropout", "decay_all"]),
 }
 FIRST_LOOK = {"epochs": (12,), "schedule": ("cosine",)}
 NORM = {"batch_norm": (True,)}
-# fmt: off
 SEARCH = (
     Study("Activation and pooling", "baseline", activation=("relu", "tanh"),
           pooling=("max", "average"), lr=(0.01, 0.04), batch_size=(64,), **FIRST_LOOK),
@@ -971,17 +995,18 @@ SEARCH = (
           **NORM, **FIRST_LOOK),
     Study("Optimizer and schedule", "batch_norm", lr=(0.04,), **NORM, **FIRST_LOOK),
     Study("Optimizer and schedule", "batch_norm", epochs=(12,), **NORM),
-    Study("Place of batch norm", "batch_norm", norm_place=tuple(BLOCK_ORDERS),
+    Study("Place of batch normalization", "batch_norm", norm_place=tuple(BLOCK_ORDERS),
           norm_layers=("all", "conv"), lr=(0.04,), **NORM, **FIRST_LOOK),
-    Study("Epochs", "baseline", epochs=(12, 20, 30), lr=(0.04,), schedule=("cosine",)),
-    Study("Epochs", "baseline", (0, 1, 2), epochs=(12, 16)),
-    Study("Epochs", "baseline", epochs=(24,)),
-    Study("Epochs", "dropout", dropout=(0.1,), epochs=(16, 32)),
-    Study("Epochs", "weight_decay", (0, 1, 2), weight_decay=(0.001,), epochs=(16, 32)),
-    Study("Epochs", "weight_decay", weight_decay=(0.001,), epochs=(48,)),
-    Study("Epochs", "batch_norm", epochs=(8,), **NORM),
-    Study("Epochs", "batch_norm", (0, 1, 2), epochs=(12, 16), **NORM),
-    Study("Epochs", "combined", dropout=(0.1,), weight_decay=(0.001,), epochs=(16, 32), **NORM),
+    Study("Number of epochs", "baseline", epochs=(12, 20, 30), lr=(0.04,), schedule=("cosine",)),
+    Study("Number of epochs", "baseline", (0, 1, 2), epochs=(12, 16)),
+    Study("Number of epochs", "baseline", epochs=(24,)),
+    Study("Number of epochs", "dropout", dropout=(0.1,), epochs=(16, 32)),
+    Study("Number of epochs", "weight_decay", (0, 1, 2), weight_decay=(0.001,), epochs=(16, 32)),
+    Study("Number of epochs", "weight_decay", weight_decay=(0.001,), epochs=(48,)),
+    Study("Number of epochs", "batch_norm", epochs=(8,), **NORM),
+    Study("Number of epochs", "batch_norm", (0, 1, 2), epochs=(12, 16), **NORM),
+    Study("Number of epochs", "combined", dropout=(0.1,), weight_decay=(0.001,),
+          epochs=(16, 32), **NORM),
     Study("Learning rate", "baseline", (0, 1, 2), lr=(0.04, 0.08)),
     Study("Learning rate", "baseline", lr=(0.16,)),
     Study("Learning rate", "dropout", dropout=(0.1,), lr=(0.04, 0.08, 0.16)),
@@ -1001,13 +1026,10 @@ SEARCH = (
     Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002, 0.004),
           lr=(0.04,), epochs=(20,), schedule=("cosine",)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002)),
-    Study("L2 coefficient", "weight_decay", (1, 2), weight_decay=(0.001,)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.001,), decay_all=(True,)),
     Study("L2 coefficient", "weight_decay", weight_decay=(0.001, 0.002), epochs=(32,)),
-    Study("L2 coefficient", "weight_decay", (1, 2), weight_decay=(0.001,), epochs=(32,)),
     Study("All three together", "combined", dropout=(0.05, 0.1, 0.2),
           weight_decay=(0.0005, 0.001, 0.002), **NORM),
-    Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (1,), dropout=(0.2,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", (0, 1), dropout=(0.0,), weight_decay=(0.001,), **NORM),
     Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.001,),
@@ -1044,8 +1066,8 @@ def search(
 
     Only the train and val splits reach training. options go to train_many.
     Returns the table: SEARCH_COLUMNS, val_accuracy (of the best epoch), seconds.
-    Raises CheckpointError, before any run, where the folder cannot be written to, and
-    ValueError at the end if a run failed; the others are in the table.
+    Raises ValueError, before any run, where the folder cannot be written to, and at the end if
+    a run failed; the others are in the table.
     """
     _require_writable(Path(path).parent)
     done = set()
@@ -1118,7 +1140,9 @@ def check_batch_norm_gradients(m: int = 32, eps: float = 1e-5, seed: int = 0) ->
 # Told apart by colour-blind readers (Okabe and Ito 2008).
 PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00")
 COLORS = dict(zip(SETTINGS, itertools.cycle(PALETTE)))
-OTHER_COLORS = ("brown", "olive", "darkturquoise", "gray", "red", "purple", "navy", "teal")
+# Of lines that are not settings: scheme "muted" of P. Tol, and markers to tell them in grey.
+MUTED = "#332288 #CC6677 #999933 #44AA99 #882255 #88CCEE #117733 #DDCC77"
+OTHER_STYLES = tuple(zip(MUTED.split(), "os^Dv*PX"))
 # 97.5 % quantile of Student's t for 1 to 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
@@ -1132,7 +1156,8 @@ class Table(NamedTuple):
     caption: str
 
     def _text(self) -> pd.DataFrame:
-        return self.frame.map(lambda value: f"{value:.2g}" if type(value) is float else str(value))
+        forms = {float: ".2g", int: ","}
+        return self.frame.map(lambda value: format(value, forms.get(type(value), "")))
 
     def _repr_html_(self) -> str:
         head, body = self._text().to_html(index=False, border=0, justify="left").split("\n", 1)
@@ -1169,12 +1194,12 @@ def _runs_by_setting(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def settings_table() -> pd.DataFrame:
-    """The hyperparameters that differ between the settings."""
+    """The hyperparameters that differ between the settings, and their names in the code."""
     rows = []
     for setting in SETTINGS.values():
-        row = {"setting": setting.label}
+        row = {"setting": setting.label, "name": setting.name}
         row["dropout p"] = f"{setting.dropout:g}" if setting.dropout else "off"
-        row["L2 lambda"] = f"{setting.weight_decay:g}" if setting.weight_decay else "off"
+        row["L2 coefficient"] = f"{setting.weight_decay:g}" if setting.weight_decay else "off"
         row["batch norm"] = "on" if setting.batch_norm else "off"
         rows.append(row | {"highest learning rate": f"{setting.lr:g}"})
     return pd.DataFrame(rows)
@@ -1256,6 +1281,11 @@ def _label(ax, title: str, x: str, y: str, size: int = 10) -> None:
     ax.set_ylabel(y, fontsize=size)
 
 
+def _epoch_ticks(ax, last: int) -> None:
+    ax.set_xticks(sorted({1, *range(4, last + 1, 4)}))
+    ax.grid(alpha=0.3)
+
+
 def _show_image(ax, image: Tensor, title: str) -> None:
     ax.imshow(image[0].cpu().numpy() * STD + MEAN, cmap="gray_r", vmin=0, vmax=1)
     ax.set_title(title, fontsize=8)
@@ -1325,59 +1355,100 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
             ax.plot(kept, runs[seed][kept], "o", color=color, ms=5)
         _label(ax, f"{SETTINGS[name].label}: accuracy by epoch", "epoch", "accuracy (%)")
         ax.tick_params(labelbottom=True)
-        ax.set_xticks(sorted({1, *range(4, max(epochs.epoch) + 1, 4)}))
-        ax.grid(alpha=0.3)
+        _epoch_ticks(ax, max(epochs.epoch))
         ax.legend(loc="lower right", fontsize=8)
     for ax in axes[len(names) :]:
         ax.set_axis_off()
     return figure
 
 
+def plot_means(history: pd.DataFrame, axes=None):
+    """Means over the seeds after each epoch, all settings together: test accuracy, and the loss
+    on test (solid) and train (dashed), on two axes.
+
+    history: the table history.csv.
+    """
+    figure, axes = _panels(axes, 1, 2, (7, 2.6))
+    means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
+    settled = max(history.epoch) // 4  # the first epochs would leave little room for the rest
+    accuracies = 100 * means.accuracy.xs("test", level="split")
+    for name in (name for name in SETTINGS if name in set(history.setting)):
+        test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
+        axes[0].plot(accuracies[name], **style)
+        axes[1].plot(test.loss, label=SETTINGS[name].label, **style)
+        axes[1].plot(means.loc[name, "train"].loss, "--", **style)
+    axes[0].set_ylim(bottom=accuracies[accuracies.index.get_level_values("epoch") >= settled].min())
+    axes[1].set_ylim(0, 1.25 * means.loss.max())  # room for the legend
+    axes[1].legend(loc="upper right", fontsize=7)
+    _label(axes[0], "Mean test accuracy", "epoch", "accuracy (%)")
+    _label(axes[1], "Mean loss, train dashed", "epoch", "loss (nats)")
+    for ax in axes:
+        _epoch_ticks(ax, max(history.epoch))
+    return figure
+
+
+def _words(key: str, value) -> str:
+    """A value of a hyperparameter in a legend; empty where it goes without saying."""
+    if key == "setting":
+        return SETTINGS[value].label
+    words = {"relu": "ReLU", "max": "maximum", "sgd": "SGD", "adam": "Adam"}
+    words |= {True: "L2 on all", False: "", "all": "all hidden layers", "conv": "convolutions only"}
+    forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "dropout {:g}"}
+    return forms[key].format(value) if key in forms else words.get(value, value)
+
+
+def _runs_of(question: str, table: pd.DataFrame, plan) -> pd.DataFrame:
+    """The rows of search.csv that a panel shows: those that its studies name, with any seed."""
+    jobs = [job for study in plan if study.question == question for job in study.jobs()]
+    planned = pd.DataFrame(_search_row(*job) for job in jobs)
+    keys = pd.Series(_search_keys(table, ("seed",)), index=table.index)
+    runs = table[keys.isin(_search_keys(planned, ("seed",)))]
+    order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
+    return runs.sort_values(QUESTIONS[question][1], kind="stable", **order)
+
+
 def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, axes=None):
     """Validation accuracy against what was varied, one panel for each question of the plan:
-    a dot for each run, a line through the means over the seeds, a ring around what was chosen.
+    a point for each run, a line through the means over the seeds (solid with the schedule that
+    was chosen, dashed with another), a ring around what was chosen.
 
     table: search.csv.
     """
-
-    def text(value) -> str:
-        short = {"lr": "learning rate", "baseline": "none", "combined": "all three"}
-        value = short.get(value, value)
-        return f"{value:g}" if type(value) is float else str(value).replace("_", " ")
-
-    table = table.assign(key=_search_keys(table, ("seed",)), accuracy=100 * table.val_accuracy)
-    rows = math.ceil(len(questions) / 3)
-    figure, axes = _panels(axes, rows, 3, (7, 2.6 * rows))
+    axis = {"lr": "highest learning rate", "norm_place": "place in the block"}
+    axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
+    rows = math.ceil(len(questions) / 2)
+    figure, axes = _panels(axes, rows, 2, (7, 1.9 * rows))
     for ax, question in zip(axes, questions):
-        jobs = [job for study in plan if study.question == question for job in study.jobs()]
-        planned = pd.DataFrame(_search_row(*job) for job in jobs)
-        runs = table[table.key.isin(_search_keys(planned, ("seed",)))]
-        x, lines = QUESTIONS[question]
+        x, names = QUESTIONS[question]
+        runs, styles = _runs_of(question, table, plan), {}
         places = list(BLOCK_ORDERS) if x == "norm_place" else sorted(set(runs[x]))
-        ax.set_prop_cycle(color=OTHER_COLORS)
-        for values, line in runs.groupby(lines, sort=False):
-            means = line.groupby(x).accuracy.mean()
-            color = COLORS[values[0]] if set(lines) <= {"setting", "schedule"} else None
-            style = "-" if line.schedule.iloc[0] == TrainConfig().schedule else "--"
-            at, label = list(map(places.index, means.index)), ", ".join(map(text, values))
-            (drawn,) = ax.plot(at, means, style, lw=1, color=color, label=label)
-            dots = list(map(places.index, line[x]))
-            ax.plot(dots, line.accuracy, ".", color=drawn.get_color(), ms=5)
+        at = {place: places.index(place) if x == "norm_place" else place for place in places}
+        for (*values, schedule), line in runs.groupby([*names, "schedule"], sort=False):
+            label = ", ".join(filter(None, map(_words, names, values)))
+            fresh = OTHER_STYLES[len(styles) % len(OTHER_STYLES)]
+            color, marker = styles.setdefault(label, fresh)
+            color = COLORS[values[0]] if "setting" in names else color
+            solid = "-" if schedule == TrainConfig().schedule else "--"
+            means = 100 * line.groupby(x).val_accuracy.mean()
+            look = {"color": color, "marker": marker, "ms": 3, "lw": 1}
+            ax.plot(means.index.map(at), means, solid, label=label, **look)
+            ax.plot(line[x].map(at), 100 * line.val_accuracy, ls="none", **look)
             own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
-            same = [*lines, "schedule"] if x == "lr" else lines  # a schedule has its best rate
+            same = names if x == "norm_place" else [*names, "schedule"]  # the place: a first look
             if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
-                ax.plot(places.index(own[x]), means[own[x]], "o", mfc="none", mec="black", ms=10)
-        many = len(places) > 5
-        names = [text(place).replace(" ", "\n") for place in places]
-        ax.set_xticks(range(len(places)), names, rotation=90 if many else 0)
+                ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9)
+        crowded = x != "norm_place" and (len(places) > 5 or places[-1] > 50 * places[0])
+        if x != "norm_place":
+            ax.set_xscale("log", base=2)
+            for low, high in zip(places[-2::-1], places[:0:-1]):
+                if high < 1.2 * low:  # no room for both labels
+                    del at[low]
+        labels = [f"{place:g}" if x != "norm_place" else place.replace("_", "\n") for place in at]
+        ax.set_xticks(list(at.values()), labels, rotation=90 if crowded else 0)
         ax.tick_params(labelsize=7)
-        _label(ax, question, text(x), "val accuracy (%)", size=8)
+        _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
         ax.grid(alpha=0.3)
-        tall = many or "\n" in "".join(names)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.48 if tall else -0.28)}
-        ncols = 2 if len(ax.get_legend_handles_labels()[1]) > 3 else 1
-        close = {"ncols": ncols, "columnspacing": 0.6, "handlelength": 1, "fontsize": 6}
-        ax.legend(title=", ".join(map(text, lines)), title_fontsize=6, **below, **close)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, handlelength=1.6)
     for ax in axes[len(questions) :]:
         ax.set_axis_off()
     return figure
@@ -1418,54 +1489,60 @@ def plot_mistakes(model: nn.Module, split: Split, axes=None, count: int = 10):
 # -------------------------------------------------------------------------- command line
 
 EXAMPLES = """\
-  python dl_utils.py train dropout            train one setting from scratch into runs/
-  python dl_utils.py test weights/dropout.pt  accuracies of one saved file
-  python dl_utils.py test                     the whole table, from the saved files
-  python dl_utils.py search                   the hyperparameter search, resumable"""
+  python dl_utils.py train dropout                 one setting, from scratch, into runs/
+  python dl_utils.py train all --seeds 0 1 2 3 4   every run of the report
+  python dl_utils.py test weights/dropout.pt       accuracies of one saved file
+  python dl_utils.py test                          the whole table, from the saved files
+  python dl_utils.py search                        the hyperparameter search, resumable"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; the function of a command is in its `run`."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    description = "LeNet-5 on Fashion-MNIST, with and without regularization."
+    about = "LeNet-5 on Fashion-MNIST, with and without regularization."
     parser = argparse.ArgumentParser(
-        prog="dl_utils.py", description=description, epilog=f"examples:\n{EXAMPLES}", **form
+        "dl_utils.py", description=about, epilog=f"examples:\n{EXAMPLES}", **form
     )
-    data, workers = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    text = "where Fashion-MNIST is, or is downloaded to (data)"
-    data.add_argument("--data", default="data", metavar="FOLDER", help=text)
-    text = "runs at a time (one per core)"
-    workers.add_argument("--workers", type=int, metavar="N", help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # fmt: off
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--data", default="data", metavar="FOLDER",
+                      help="where Fashion-MNIST is, or is downloaded to (%(default)s)")
+    workers = argparse.ArgumentParser(add_help=False)
+    workers.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core)")
 
-    def add(run, name, text, *examples, parents):
-        lines = [f"  python dl_utils.py {name} {example}".rstrip() for example in examples]
-        epilog, about = "\n".join(["examples:", *lines]), f"{text.capitalize()}."
-        about = {"help": text, "description": about, "epilog": epilog, "parents": parents}
-        command = commands.add_parser(name, **about, **form)
+    def add(run, name, text, *parents):
+        examples = [line for line in EXAMPLES.splitlines() if f"dl_utils.py {name}" in line]
+        epilog = "\n".join(["examples:", *examples])
+        command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.",
+                                      epilog=epilog, parents=parents, **form)
         command.set_defaults(run=run)
-        return command.add_argument
+        return command
 
-    examples = "dropout", "dropout --seeds 3", "all --seeds 0 1 2 3 4"
-    text = "train settings from scratch"
-    option = add(_train_command, "train", text, *examples, parents=[data, workers])
-    option("settings", nargs="+", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
-    text = "train each setting once with each of these seeds (0)"
-    option("--seeds", type=int, nargs="+", default=[0], metavar="N", help=text)
-    for name, text in {"epochs": "length of training", "batch-size": "images per step"}.items():
-        default = getattr(TrainConfig, name.replace("-", "_"))
-        option(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
-    option("--lr", type=float, metavar="X", help="highest learning rate (the setting's own)")
-    option("--out", default="runs", metavar="FOLDER", help="where to write (runs)")
-    option("--overwrite", action="store_true", help="train again what is there already")
+    train = add(_train_command, "train", "train settings from scratch", data, workers)
+    train.add_argument("settings", nargs="+", metavar="SETTING",
+                       help=f"{', '.join(SETTINGS)}, or all")
+    train.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
+                       help="train each setting once with each of these seeds (0)")
+    train.add_argument("--epochs", type=int, default=TrainConfig.epochs, metavar="N",
+                       help="length of training (%(default)s)")
+    train.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, metavar="N",
+                       help="images per step (%(default)s)")
+    train.add_argument("--lr", type=float, metavar="X",
+                       help="highest learning rate (the setting's own)")
+    train.add_argument("--out", default="runs", metavar="FOLDER",
+                       help="where to write (%(default)s)")
+    train.add_argument("--overwrite", action="store_true",
+                       help="train again what is there already")
     text = "measure saved weights, and exit with 1 if accuracies differ from those recorded"
-    option = add(_test_command, "test", text, "", "weights/dropout.pt", "runs", parents=[data])
-    text = "a .pt file, or a folder with results.csv and the files of seed 0 (weights)"
-    option("path", nargs="?", default="weights", help=text)
+    test = add(_test_command, "test", text, data)
+    test.add_argument("path", nargs="?", default="weights", help="a .pt file, or a folder with "
+                      "results.csv and the files of seed 0 (%(default)s)")
     text = "run what is missing of the hyperparameter search"
-    option = add(_search_command, "search", text, "", "--workers 4", parents=[data, workers])
-    text = "the table to add to (weights/search.csv)"
-    option("--out", default="weights/search.csv", metavar="FILE", help=text)
+    search = add(_search_command, "search", text, data, workers)
+    search.add_argument("--out", default="weights/search.csv", metavar="FILE",
+                        help="the table to add to (%(default)s)")
+    # fmt: on
     return parser
 
 
@@ -1489,22 +1566,35 @@ def _train_command(args) -> int:
 
 def _test_command(args) -> int:
     path = Path(args.path)
-    if path.is_dir():
-        return _test_folder(path, args.data)
-    checkpoint = load_checkpoint(path)
-    split_seed = checkpoint.config.split_seed if checkpoint.config else 0
-    table = reevaluate(checkpoint, load_fashion_mnist(args.data, split_seed))
-    for row in table.itertuples():
-        recorded = "" if math.isnan(row.recorded) else f"   recorded {percent(row.recorded)} %"
-        print(f"{row.split:<6} {percent(row.measured)} %{recorded}")
-    known = table.dropna()
-    if known.empty:
-        print("The file records no accuracies to compare with.")
+    recorded = _recorded_in(path) if path.is_dir() else {path: None}
+    splits = functools.cache(functools.partial(load_fashion_mnist, args.data))
+    rows, compared, differing = [], 0, []
+    for file, accuracies in recorded.items():
+        checkpoint = load_checkpoint(file)
+        found = checkpoint.setting.name
+        right = accuracies is None or found == file.stem
+        _require(right, f"{file} holds the setting {found}; expected {file.stem}")
+        split_seed = checkpoint.config.split_seed if checkpoint.config else 0
+        table = reevaluate(checkpoint, splits(split_seed), accuracies)
+        measured = dict(zip(table.split + " %", table.measured.map(percent)))
+        rows.append({"setting": checkpoint.setting.label, **measured})
+        known = table.dropna()
+        compared += len(known)
+        for row in known[~known.agrees].itertuples():
+            pair = f"measured {percent(row.measured)} %, recorded {percent(row.recorded)} %"
+            differing.append(f"{file}, {row.split}: {pair}")
+    print(pd.DataFrame(rows).to_string(index=False))
+    if not compared:
+        print(f"{path} records nothing to compare with. {BARE}")
         return 0
-    return _verdict(known.agrees.all(), f"what {path} recorded")
+    reference = path / "results.csv" if path.is_dir() else f"what {path} recorded"
+    verdict = "DIFFER from" if differing else "equal"
+    print(*differing, f"The measured accuracies {verdict} {reference}.", sep="\n")
+    return 1 if differing else 0
 
 
-def _test_folder(folder: Path, data: str) -> int:
+def _recorded_in(folder: Path) -> dict[Path, dict[str, float]]:
+    """The files of seed 0 with the accuracies that results.csv has for them."""
     results = read_table(folder / "results.csv", ["setting", "seed", *ACCURACIES])
     results = results[results.seed == 0].set_index("setting")
     names = [name for name in SETTINGS if name in results.index]
@@ -1512,24 +1602,10 @@ def _test_folder(folder: Path, data: str) -> int:
         names and results.index.is_unique,
         f"{folder / 'results.csv'} should have one row of seed 0 for each setting to measure",
     )
-    splits, rows, agrees = load_fashion_mnist(data), [], True
-    for name in names:
-        path = checkpoint_path(folder, name)
-        checkpoint = load_checkpoint(path)
-        found = checkpoint.setting.name
-        _require(found == name, f"{path} holds the setting {found}; expected {name}")
-        recorded = {split: float(results.at[name, f"{split}_accuracy"]) for split in splits}
-        table = reevaluate(checkpoint, splits, recorded)
-        agrees = agrees and table.agrees.all()
-        measured = dict(zip(table.split + " %", table.measured.map(percent)))
-        rows.append({"setting": checkpoint.setting.label, **measured})
-    print(pd.DataFrame(rows).to_string(index=False))
-    return _verdict(agrees, str(folder / "results.csv"))
-
-
-def _verdict(agrees: bool, reference: str) -> int:
-    print(f"The measured accuracies {'equal' if agrees else 'DIFFER from'} {reference}.")
-    return 0 if agrees else 1
+    table = results.rename(columns=ACCURACIES)[list(ACCURACIES.values())]
+    numbers = table.select_dtypes("number").shape == table.shape
+    _require(numbers, f"{folder / 'results.csv'} holds text where accuracies should be")
+    return {checkpoint_path(folder, name): table.loc[name].to_dict() for name in names}
 
 
 def _search_command(args) -> int:

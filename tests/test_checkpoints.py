@@ -159,6 +159,10 @@ CASES = {
         lambda good: rewritten(good, weights(**{FC5: torch.full((10,), float("inf"))})),
         f"{FC5} holds NaN or infinite values",
     ),
+    "negative variance": (
+        lambda good: rewritten(good, weights(**{"layers.norm1.running_var": -torch.ones(6)})),
+        "layers.norm1.running_var holds negative variances",
+    ),
     "no tensor": (
         lambda good: rewritten(good, weights(**{FC5: [0.0] * 10}), sign=False),
         f"{FC5} is not a tensor of shape",
@@ -232,6 +236,15 @@ def test_a_bare_state_dict_is_accepted(splits, tmp_path, name, norm_layers):
         dl.save_checkpoint(tmp_path / "new.pt", bare)
 
 
+def test_loading_leaves_the_global_generator_alone(good, tmp_path):
+    (tmp_path / "good.pt").write_bytes(good)
+    before = torch.get_rng_state()
+    loaded = dl.load_checkpoint(tmp_path / "good.pt")
+    assert torch.equal(before, torch.get_rng_state())
+    assert loaded.model.layers.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_flipped_bytes_never_give_a_wrong_accuracy(good, checkpoint, tmp_path_factory, data):
@@ -266,7 +279,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path, confi
     (tmp_path / "file").write_text("not a folder")
     jobs = [(dl.SETTINGS["baseline"], config)]
     for folder in (tmp_path / "file", "/proc/runs"):
-        with pytest.raises(dl.CheckpointError, match="cannot be written to"):
+        with pytest.raises(ValueError, match="cannot be written to"):
             dl.train_and_save(jobs, folder)
 
 

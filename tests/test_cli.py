@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_split
 
 import dl_utils as dl
 
@@ -143,7 +143,20 @@ def test_table_that_differs_is_said_to_differ(folder, small_data, capsys):
     table.loc[3, "test_accuracy"] -= 2 / 150
     table.to_csv(folder / "results.csv", index=False)
     assert dl.main(["test", str(folder)]) == 1
-    assert "DIFFER from" in capsys.readouterr().out
+    *_, differing, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == f"The measured accuracies DIFFER from {folder / 'results.csv'}."
+    recorded = dl.percent(table.test_accuracy[3])
+    assert differing.startswith(f"{folder / (table.setting[3] + '.pt')}, test: measured ")
+    assert differing.endswith(f"recorded {recorded} %")
+
+
+def test_a_folder_is_measured_on_the_split_it_was_trained_on(tmp_path, monkeypatch, splits):
+    other = {**splits, "val": make_split(100, 4)}
+    monkeypatch.setattr(dl, "load_fashion_mnist", lambda root, seed=0: other if seed else splits)
+    job = (dl.SETTINGS["baseline"], dl.TrainConfig(1, 16, split_seed=1))
+    dl.train_and_save([job], tmp_path, splits=other, executor=ThreadPoolExecutor(1))
+    assert dl.main(["test", str(tmp_path)]) == 0
+    assert dl.main(["test", str(tmp_path / "baseline.pt")]) == 0
 
 
 def swap(folder):
@@ -169,7 +182,7 @@ TABLES = {
         lambda folder: (folder / "results.csv").write_text(
             "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,0,high,0.9,0.9\n"
         ),
-        "could not convert string to float: 'high'",
+        "results.csv holds text where accuracies should be",
     ),
     "no row of seed 0": (
         lambda folder: (folder / "results.csv").write_text(
@@ -200,7 +213,7 @@ def test_one_file_is_compared_with_what_it_recorded(folder, small_data, trained,
     assert dl.main(["test", str(path)]) == 0
     out = capsys.readouterr().out
     assert dl.percent(trained["dropout"].metrics["test"].accuracy) in out
-    assert "records no accuracies" in out
+    assert "records nothing to compare with. Bare weights are taken for" in out
 
 
 def test_nothing_happens_at_import():

@@ -126,3 +126,6 @@ def test_settings_out_of_range_are_refused(change):
     key, value = next(iter(change.items()))
     with pytest.raises(ValueError, match=f"^{key} is .*; expected"):
         Setting("name", "label", **{key: value})
+    if key not in ("lr", "weight_decay", "decay_all"):
+        with pytest.raises(ValueError, match=f"^{key} is .*; expected"):
+            LeNet5(**{key: value})

@@ -82,6 +82,26 @@ def test_tables_are_html_in_jupyter_and_latex_in_the_pdf(results):
     assert r"Table 9. 50 \% of it" in latex and r"train \%" in latex and "90.00 &" in latex
 
 
+def test_tables_write_numbers_as_text_does():
+    frame = pd.DataFrame({"images": [55_000], "difference": [8.3e-17], "agrees": [True]})
+    assert "<td>55,000</td>\n      <td>8.3e-17</td>\n      <td>True</td>" in (
+        dl.Table(frame, "")._repr_html_()
+    )
+
+
+def test_means_are_those_of_the_history(history):
+    figure = dl.plot_means(history)
+    means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
+    accuracies, losses = figure.axes
+    for name, line, test, train in zip(
+        dl.SETTINGS, accuracies.lines, losses.lines[::2], losses.lines[1::2]
+    ):
+        assert list(line.get_ydata()) == list(100 * means.accuracy[name, "test"])
+        assert list(test.get_ydata()) == list(means.loss[name, "test"])
+        assert list(train.get_ydata()) == list(means.loss[name, "train"])
+        assert test.get_label() == dl.SETTINGS[name].label
+
+
 def test_convergence_draws_the_history(history, trained):
     figure = dl.plot_convergence(history)
     assert isinstance(figure, Figure) and len(figure.axes) == 6

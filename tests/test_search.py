@@ -47,6 +47,11 @@ def test_search_needs_no_test_split_and_records_what_it_ran(splits, tmp_path, mo
     assert ax.get_title() == "Learning rate" and len(ax.lines) >= 4
 
 
+def test_a_study_has_a_panel():
+    with pytest.raises(ValueError, match="no panel shows the question 'Momentum'"):
+        dl.Study("Momentum", "baseline", lr=(0.1,))
+
+
 class Guarded(dict):
     def __getitem__(self, name):
         assert name != "test", "the test split was touched"
@@ -68,10 +73,10 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import dl_utils as dl
 from conftest import make_split
-from test_search import study
 
 if __name__ == "__main__":
-    plan = (study(seeds=(0,), epochs=10, lr=(0.01, 0.015, 0.02)),)
+    grid = dict({grid})
+    plan = [dl.Study("Learning rate", "baseline", **grid)]
     data = dict(train=make_split(330, 1), val=make_split(100, 2))
     try:
         dl.search(sys.argv[1], plan, splits=data, workers=2)
@@ -101,67 +106,75 @@ from conftest import make_split
 
 if __name__ == "__main__":
     data = dict(train=make_split(330, 1), val=make_split(100, 2), test=make_split(150, 3))
-    jobs = [(dl.SETTINGS["combined"], dl.TrainConfig(10, 32, seed=seed)) for seed in range(4)]
-    dl.train_and_save(jobs, sys.argv[1], splits=data, workers=2)
+    jobs = [(dl.SETTINGS["baseline"], dl.TrainConfig(4, 16, seed=seed)) for seed in range(4)]
+    dl.train_and_save(jobs, sys.argv[1], splits=data, workers=1)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_killed_training_goes_on_with_what_is_missing(tmp_path):
+def test_killed_training_goes_on_with_what_is_missing(tmp_path, splits):
     script, folder = tmp_path / "run.py", tmp_path / "runs"
     script.write_text(TRAIN.format(root=str(ROOT)))
-    kept, deadline = {}, time.monotonic() + 100
-    for killed in (True, False):
-        process = subprocess.Popen([sys.executable, script, folder], start_new_session=True,
-                                   stderr=subprocess.DEVNULL)  # fmt: skip
-        while killed and process.poll() is None and not list(folder.glob("*.pt")):
-            time.sleep(0.02)
-        if killed:
-            process.kill()
-        assert process.wait(100) == (-signal.SIGKILL if killed else 0)
-        while session_processes(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not session_processes(process.pid), "workers are left"
-        files = {path: path.read_bytes() for path in folder.glob("*.pt")}
-        assert kept.items() <= files.items(), "a finished run is lost or was trained again"
-        kept = files
-        for path in files:
-            dl.load_checkpoint(path)
-        assert 1 <= len(files) < 4 if killed else len(files) == 4
+    process = subprocess.Popen([sys.executable, script, folder], start_new_session=True,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    while process.poll() is None and not list(folder.glob("*.pt")):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(100) == -signal.SIGKILL
+    deadline = time.monotonic() + 100
+    while session_processes(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not session_processes(process.pid), "workers are left"
+    kept = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    jobs = [(dl.SETTINGS["baseline"], dl.TrainConfig(4, 16, seed=seed)) for seed in range(4)]
+    with ThreadPoolExecutor(1) as executor:
+        dl.train_and_save(jobs, folder, splits=splits, executor=executor)
+    files = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    assert 1 <= len(kept) < len(files) == 4
+    assert kept.items() <= files.items(), "a finished run is lost or was trained again"
+    for path in files:
+        dl.load_checkpoint(path)
     assert len(dl.read_table(folder / "results.csv")) == 4
-    assert len(dl.read_table(folder / "history.csv")) == 4 * 10 * 3
+    assert len(dl.read_table(folder / "history.csv")) == 4 * 4 * 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_interrupted_search_goes_on_with_what_is_missing(tmp_path):
+def test_interrupted_search_goes_on_with_what_is_missing(tmp_path, splits):
     script, path = tmp_path / "run.py", tmp_path / "search.csv"
-    script.write_text(SCRIPT.format(root=str(ROOT)))
+    grid = {"epochs": (10,), "lr": (0.01, 0.012, 0.015, 0.02, 0.025, 0.03)}
+    script.write_text(SCRIPT.format(root=str(ROOT), grid=grid))
     kept = {}
-    for blow in (signal.SIGKILL, signal.SIGINT, None):
+
+    def finished():
+        rows = dl.read_table(path).set_index(dl.SEARCH_COLUMNS)
+        for key, row in kept.items():
+            assert tuple(rows.loc[key]) == row, "a finished run is lost or was run again"
+        return {key: tuple(row) for key, row in rows.iterrows()}
+
+    for blow in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen([sys.executable, script, path], start_new_session=True,
                                    stderr=subprocess.PIPE, text=True)  # fmt: skip
-        wanted = len(kept) + 1
         deadline = time.monotonic() + 100
-        while blow and time.monotonic() < deadline and process.poll() is None:
-            if path.exists() and len(dl.read_table(path)) >= wanted:
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and len(dl.read_table(path)) > len(kept):
                 break
             time.sleep(0.02)
         if blow == signal.SIGKILL:
             process.kill()  # the parent alone: its workers have to notice
-        elif blow == signal.SIGINT:
+        else:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         _, err = process.communicate(timeout=100)
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, None: 0}[blow]
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[blow]
         assert "Traceback" not in err
         while session_processes(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not session_processes(process.pid), "workers are left"
-        rows = dl.read_table(path).set_index(dl.SEARCH_COLUMNS)
-        for key, row in kept.items():
-            assert tuple(rows.loc[key]) == row, "a finished run is lost or was run again"
-        kept = {key: tuple(row) for key, row in rows.iterrows()}
-        assert blow is None or 1 <= len(kept) < 6
-    assert len(kept) == 6
+        kept = finished()
+        assert 1 <= len(kept) < 6
+    with ThreadPoolExecutor(1) as executor:
+        plan = [dl.Study("Learning rate", "baseline", **grid)]
+        dl.search(path, plan, executor, splits=splits)
+    assert len(finished()) == 6
 
 
 # The recorded search, and what was chosen by it.

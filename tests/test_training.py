@@ -1,5 +1,6 @@
 """Training and evaluation: what the numbers mean, and that they can be had again."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dl_utils
 from dl_utils import (
     SCHEDULES,
     SETTINGS,
+    Checkpoint,
     LeNet5,
     Setting,
     Split,
@@ -22,6 +25,7 @@ from dl_utils import (
     make_optimizer,
     minibatches,
     predict,
+    read_table,
     train,
     train_and_save,
     train_many,
@@ -203,6 +207,18 @@ def test_measure_limits_what_is_measured(splits, config, trained):
     assert weights_equal(run, trained["baseline"])
 
 
+def test_a_table_grows_by_the_columns_of_a_later_run(splits, tmp_path):
+    with ThreadPoolExecutor(1) as executor:
+        for name, measure in {"baseline": ("val",), "dropout": None}.items():
+            job = (SETTINGS[name], TrainConfig(1, 32))
+            options = {"executor": executor, "splits": splits, "measure": measure}
+            (run,) = train_and_save([job], tmp_path, **options)
+            assert isinstance(run, Checkpoint)
+    table = read_table(tmp_path / "results.csv").set_index("setting")
+    assert table.test_accuracy.isna().tolist() == [True, False]
+    assert table.val_accuracy.notna().all()
+
+
 def test_confusion_matrix_counts_images(splits, trained):
     run, split = trained["baseline"], splits["test"]
     matrix = confusion_matrix(run.model, split)
@@ -228,6 +244,8 @@ def test_divergence_stops_with_the_epoch_and_the_loss(splits, config):
         ({"epochs": 1.5}, "epochs is 1.5; expected"),
         ({"batch_size": 0}, "batch_size is 0; expected"),
         ({"seed": -1}, "seed is -1; expected"),
+        ({"seed": 2**31}, "seed is 2147483648; expected a whole number >= 0 and < 1431655765"),
+        ({"split_seed": 2**32}, "split_seed is 4294967296; expected"),
         ({"split_seed": True}, "split_seed is True; expected"),
         ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of sgd, adam"),
         ({"schedule": None}, "schedule is None; expected one of"),
@@ -274,7 +292,9 @@ def test_training_needs_train_and_val_and_what_it_is_to_measure(splits):
         for measure in (None, ("val",)):
             with pytest.raises(ValueError, match="expected splits named train and val"):
                 train(SETTINGS["baseline"], rest, TrainConfig(1), measure=measure)
-    with pytest.raises(ValueError, match="and all those of measure"):
+    with pytest.raises(
+        ValueError, match="all those to measure; found train, val, test, to measure"
+    ):
         train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("val", "tset"))
 
 
@@ -313,6 +333,40 @@ def test_a_result_that_cannot_be_kept_does_not_end_the_others(splits, config, ca
         runs = train_many(jobs, executor, splits=splits, on_finish=keep)
     assert isinstance(runs[0], OSError) and kept == [runs[1]]
     assert "baseline, seed 0, failed: disk full" in capsys.readouterr().err
+
+
+def test_a_result_is_kept_while_the_next_job_trains(splits, config, trained, monkeypatch):
+    kept = threading.Event()
+
+    def stub(setting, *_, **__):
+        assert setting.name == "baseline" or kept.wait(20), "the first result waits"
+        return trained[setting.name]
+
+    monkeypatch.setattr(dl_utils, "train", stub)
+    jobs = [(SETTINGS[name], config) for name in ("baseline", "dropout")]
+    with ThreadPoolExecutor(1) as executor:
+        runs = train_many(jobs, executor, splits=splits, on_finish=lambda run: kept.set())
+    assert [run.setting.name for run in runs] == ["baseline", "dropout"]
+
+
+def test_an_interrupt_cancels_the_jobs_not_yet_begun(splits, config, trained, monkeypatch):
+    begun, interrupted = [], threading.Event()
+
+    def stub(setting, *_, **__):
+        begun.append(setting.name)
+        assert len(begun) == 1 or interrupted.wait(20)
+        return trained[setting.name]
+
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dl_utils, "train", stub)
+    with ThreadPoolExecutor(1) as executor:
+        with pytest.raises(KeyboardInterrupt):
+            jobs = [(setting, config) for setting in SETTINGS.values()]
+            train_many(jobs, executor, splits=splits, on_finish=interrupt)
+        interrupted.set()
+    assert len(begun) <= 2
 
 
 def test_train_many_of_nothing():
