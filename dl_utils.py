@@ -24,6 +24,7 @@ import platform
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +59,7 @@ OPTIMIZERS = {
 SCHEDULES = {  # factor of the learning rate after a fraction t of all steps
     # Half a cosine from 1 to 0 (Loshchilov and Hutter 2017).
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    # The same after a linear rise from 0 (Smith and Topin 2019, but with constant momentum).
+    # The same after a linear rise from 0; after Smith and Topin (2019), whose momentum varies.
     "one_cycle": lambda t: t / 0.2 if t < 0.2 else 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8)),
 }
 CHOICES = {
@@ -77,10 +78,11 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def _require_number(record, key: str, least, below=math.inf, kind=float) -> None:
+def _require_number(record, key: str, least, below=math.inf, kind=float, more=False) -> None:
+    """more: the number has to be more than the least."""
     value = getattr(record, key)
-    right = type(value) in (int, kind) and least <= value < below
-    limits = f">= {least}" + ("" if below == math.inf else f" and < {below}")
+    right = type(value) in (int, kind) and least <= value < below and (value > least or not more)
+    limits = f"{'>' if more else '>='} {least}" + ("" if below == math.inf else f" and < {below}")
     what = "a whole number" if kind is int else "a finite number"
     _require(right, f"{key} is {value!r}; expected {what} {limits}")
 
@@ -96,18 +98,20 @@ def _require_choice(record, *keys: str) -> None:
 class Setting:
     """What is compared: one row of hyperparameters of the model and its regularization.
 
+    name: its key in SETTINGS and the stem of its files. label: its name in tables and figures.
     dropout: probability of dropping a hidden fully connected unit (Srivastava et al. 2014).
     weight_decay: lambda of the L2 penalty lambda / 2 * ||w||^2 (Krogh and Hertz 1991) on the
         weights or, with decay_all, on biases and the parameters of batch norm as well.
     batch_norm: normalize hidden layers (Ioffe and Szegedy 2015); norm_layers says which,
         norm_place where in the block of a layer.
+    activation, pooling: keys of ACTIVATIONS and POOLINGS.
     lr: the highest learning rate, tuned for each setting.
 
     Raises ValueError for a value out of its range.
     """
 
     name: str
-    label: str
+    label: str = field(compare=False)
     dropout: float = 0.0
     weight_decay: float = 0.0
     batch_norm: bool = False
@@ -124,8 +128,7 @@ class Setting:
             _require(isinstance(value, str), f"{key} is {value!r}; expected a string")
         _require_number(self, "dropout", 0, 1)
         _require_number(self, "weight_decay", 0)
-        _require_number(self, "lr", 0)
-        _require(self.lr > 0, f"lr is {self.lr!r}; expected a finite number > 0")
+        _require_number(self, "lr", 0, more=True)
         choices = "batch_norm", "activation", "pooling", "norm_layers", "norm_place", "decay_all"
         _require_choice(self, *choices)
 
@@ -201,11 +204,20 @@ class Split(NamedTuple):
         return Split(self.images.to(device), self.labels.to(device))
 
 
-def find_device() -> torch.device:
-    """CUDA if there is one, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for; by default CUDA if there is one, else Apple's GPU, else the CPU.
+
+    Raises ValueError for a device that this machine cannot use.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        sentence = f"this machine cannot use the device {device!r}; its own is {find_device()}"
+        raise ValueError(sentence) from error
 
 
 def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[str, Split]:
@@ -216,7 +228,7 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
     Raises FileNotFoundError where files are missing and cannot be downloaded, ValueError
     where a file does not hold what Fashion-MNIST holds.
     """
-    root, parts = Path(root).expanduser(), []
+    root, parts = Path(root), []
     raw = root / "FashionMNIST" / "raw"
     if not all((raw / name).exists() for name in RAW_FILES):
         try:
@@ -282,16 +294,22 @@ def _check_split(split: Split) -> None:
 # --------------------------------------------------------------------------------- model
 
 
+NETWORK = ("dropout", "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
+
+
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) for 28 x 28 images: (N, 1, 28, 28) to logits (N, 10).
 
     61,706 parameters; batch normalization adds 2 for each channel or unit it normalizes.
     A technique that is off leaves an identity in its place, so that every variant has the
-    same layer names. The arguments, and the errors they raise, are those of Setting.
+    same layer names. The arguments are the fields of Setting that NETWORK names, with its
+    defaults; ValueError for others, and for values out of range.
     """
 
     def __init__(self, dropout: float = 0.0, batch_norm: bool = False, **options):
         super().__init__()
+        unknown = ", ".join(options.keys() - set(NETWORK))
+        _require(not unknown, f"LeNet5 has no {unknown}; expected some of {', '.join(NETWORK)}")
         setting = Setting("", "", dropout=dropout, batch_norm=batch_norm, **options)
         everywhere = batch_norm and setting.norm_layers == "all"
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
@@ -331,8 +349,7 @@ def _seed_of(use: str, seed: int) -> int:
 
 
 def _options(setting: Setting) -> dict:
-    keys = ("dropout", "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
-    return {key: getattr(setting, key) for key in keys}
+    return {key: getattr(setting, key) for key in NETWORK}
 
 
 def build_model(setting: Setting, seed: int = 0) -> LeNet5:
@@ -378,8 +395,11 @@ class Metrics(NamedTuple):
     accuracy: float
 
 
-def _logits(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
-    """(N, 10) on the CPU, in evaluation mode. Batches of 500 fit the cache."""
+EVALUATION_BATCH = 500  # images; they fit the cache
+
+
+def _logits(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> Tensor:
+    """(N, 10) on the CPU, in evaluation mode."""
     _check_split(split)
     device = next(model.parameters()).device
     with _evaluation_mode(model):
@@ -387,11 +407,12 @@ def _logits(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
         return torch.cat([model(images.to(device)) for images in batches]).cpu()
 
 
-def evaluate(model: nn.Module, split: Split, batch_size: int = 500) -> Metrics:
+def evaluate(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> Metrics:
     """Loss and accuracy over a split in evaluation mode: no dropout, batch normalization by
     its running statistics. The mode that the model was in is restored afterwards.
 
-    Raises ValueError, as all functions here, for a split of other shapes, types or labels.
+    Raises ValueError, as predict and confusion_matrix, for a split of other shapes, types or
+    labels.
     """
     logits, labels = _logits(model, split, batch_size), split.labels.cpu()
     loss = F.cross_entropy(logits.double(), labels).item()
@@ -414,10 +435,6 @@ def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
 
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "EX1 LeNet-5 checkpoint", 1
 HISTORY_COLUMNS = ["epoch", "split", "loss", "accuracy"]
-BARE = (
-    "Bare weights are taken for those of a network with ReLU, maximum pooling and batch "
-    "normalization, if any, after the activation."
-)
 
 
 class CheckpointError(ValueError):
@@ -452,9 +469,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = 
     path = Path(path)
     if checkpoint.config is None:
         raise CheckpointError("a bare state_dict has no history to save; use torch.save for it")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists already; name another file, or allow overwriting")
     try:
+        if path.exists() and not overwrite:
+            raise CheckpointError(f"{path} exists already; name another file or allow overwriting")
         _write_atomically(path, _to_bytes(checkpoint))
     except OSError as error:
         reason = f"{path} cannot be written ({error.strerror}); free space or name another file"
@@ -467,16 +484,20 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     A bare state_dict is read as of this LeNet-5 with the default activation, pooling and place
     of batch norm; its keys tell whether it has batch norm.
     Raises FileNotFoundError where there is no file, CheckpointError where it is not a
-    checkpoint of this program, is damaged, or holds values out of range.
+    checkpoint of this program, is damaged, or holds values out of range, ValueError for a
+    device that this machine cannot use.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint that train saved")
+    device = find_device(device)
     try:
-        checkpoint = _from_bytes(path.read_bytes())
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        reason = f"{path} does not exist; expected a checkpoint that train saved"
+        raise FileNotFoundError(reason) from error
     except OSError as error:
         reason = f"{path} cannot be read ({error.strerror}); expected a checkpoint file"
         raise CheckpointError(reason) from error
+    try:
+        checkpoint = _from_bytes(data)
     except Exception as error:  # whatever it is, the file is not what it should be
         raise CheckpointError(f"{path} is not a usable checkpoint: {error}") from error
     checkpoint.model.to(device)
@@ -638,6 +659,7 @@ def reevaluate(checkpoint: Checkpoint, splits: dict[str, Split], recorded=None) 
     """Measure a checkpoint again: one row per split with the images in it, the accuracy that
     was recorded (split to fraction; by default the checkpoint's own), the one measured now,
     and whether they agree: at most one image differs, as rounding may on another processor.
+    Where nothing was recorded they do not.
     """
     if recorded is None:
         recorded = {name: metrics.accuracy for name, metrics in checkpoint.metrics.items()}
@@ -673,21 +695,23 @@ def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
     return OPTIMIZERS[config.optimizer](groups, lr=setting.lr)
 
 
-def _splits_to_train_on(splits, measure, setting: Setting, size: int) -> dict[str, Split]:
+def _splits_to_train_on(splits, measure, setting: Setting, batch_size: int) -> dict[str, Split]:
     """Those named train and in measure, checked against what batches of that size need."""
-    needed = dict.fromkeys(("train", "val", *measure))
-    known = "val" in measure and needed.keys() <= splits.keys()
-    found = f"found {', '.join(splits)}, to measure {', '.join(measure)}"
-    _require(known, f"expected splits named train and val, and all those to measure; {found}")
+    needed = ("train", *measure)
+    found = ", ".join(splits)
+    _require({*needed} <= {*splits}, f"expected splits named {', '.join(needed)}; found {found}")
+    _require("val" in measure, f"measure is {', '.join(measure)}; expected val among them")
     splits = {name: splits[name] for name in needed}
     for split in splits.values():
         _check_split(split)
+    normalizes_units = setting.batch_norm and setting.norm_layers == "all"
     count = len(splits["train"].labels)
-    _require(size <= count, f"batch_size is {size}; expected at most the {count} images there are")
+    sentence = f"batch_size is {batch_size}; expected at most the {count} images there are"
+    _require(batch_size <= count, sentence)
     _require(
-        not setting.batch_norm or 1 not in (size, count % size),
-        f"batch_size {size} leaves a batch of one image, which batch normalization cannot use; "
-        "choose another",
+        not normalizes_units or 1 not in (batch_size, count % batch_size),
+        f"batch_size {batch_size} leaves a batch of one image, which batch normalization cannot "
+        "use; choose another",
     )
     return splits
 
@@ -704,13 +728,13 @@ def train(
     """Train one setting from scratch and keep the first epoch of highest validation accuracy.
 
     splits must hold "train" and "val"; after every epoch all of them, or those named in
-    measure, are measured in evaluation mode, and no others are touched. device: by default the
-    one of find_device. progress is called without arguments after every epoch. On the CPU
-    training runs on one thread and gives the same bits every time.
-    Raises ValueError for splits or a batch size that cannot be trained on, and when the loss
-    stops being finite.
+    measure, val among them, are measured in evaluation mode, and no others are touched. device:
+    by default the one of find_device. progress is called without arguments after every epoch.
+    On the CPU training runs on one thread and gives the same bits every time.
+    Raises ValueError for splits, a batch size or a device that cannot be trained on, and when
+    the loss stops being finite.
     """
-    device = torch.device(device or find_device())
+    device = find_device(device)
     measure = tuple(splits) if measure is None else measure
     splits = _splits_to_train_on(splits, measure, setting, config.batch_size)
     splits = {name: split.to(device) for name, split in splits.items()}
@@ -769,14 +793,15 @@ def train_many(
     executor: any concurrent.futures.Executor; by default processes, as many as workers says,
         or as there are cores, or one on a GPU.
     splits: the data; by default each worker reads Fashion-MNIST from root, once.
-    measure: as in train; training then sees no other splits than these, train and val.
+    measure: as in train; training then sees no other splits than these and train.
     on_finish: called in this process with each Checkpoint as soon as it is there.
 
     Returns the checkpoints in the order of jobs. A job that fails is reported at once, the
-    others go on, and its place in the list holds the exception. Processes are spawned: a script
-    calls this under if __name__ == "__main__". An interrupt cancels the jobs not yet begun.
-    Raises ValueError for workers below 1 and, with the processes of this machine, what
-    load_fashion_mnist raises; with another executor that is a failure of the jobs.
+    others go on (unless a process is killed), and its place in the list holds the exception.
+    Processes are spawned: a script calls this under if __name__ == "__main__". An interrupt
+    cancels the jobs not yet begun. Raises ValueError for workers below 1 and, with the
+    processes of this machine, what load_fashion_mnist raises; with another executor that is a
+    failure of the jobs.
     """
     _require(workers is None or workers >= 1, f"workers is {workers}; expected 1 or more")
     jobs, results = list(jobs), {}
@@ -817,7 +842,6 @@ def train_many(
 
 def _run_job(job, splits, root, measure, epochs_file) -> bytes:
     setting, config = job
-    splits = splits or _load_once(root, config.split_seed)
 
     def progress():
         if epochs_file:
@@ -825,6 +849,8 @@ def _run_job(job, splits, root, measure, epochs_file) -> bytes:
                 file.write(b".")  # one byte per epoch: its size is the progress
 
     with _TRAINING:
+        if splits is None:
+            splits = _load_once(root, config.split_seed)
         checkpoint = train(setting, splits, config, measure=measure, progress=progress)
     return _to_bytes(checkpoint)
 
@@ -890,14 +916,18 @@ def train_and_save(
 
     A job whose checkpoint is there is not trained again, so that a second call goes on after
     an interruption; with overwrite all are. Returns the results in the order of jobs.
-    Raises, before any training, ValueError where the folder cannot be written to or two
-    different jobs would write the same file, and CheckpointError where a file in it is of other
-    hyperparameters and overwrite is off.
+    Raises, before any training, ValueError where the folder cannot be written to, its tables
+    cannot be read or two different jobs would write the same file, and CheckpointError where a
+    file in it is of other hyperparameters and overwrite is off.
     """
     folder, jobs, runs = Path(folder), list(jobs), {}
-    paths = {checkpoint_path(folder, setting.name, config.seed) for setting, config in jobs}
-    _require(len(paths) == len(set(jobs)), "two different jobs would write the same file")
+    paths = {job: checkpoint_path(folder, job[0].name, job[1].seed) for job in jobs}
+    unique = len(paths) == len(set(paths.values()))
+    _require(unique, "two different jobs would write the same file")
     _require_writable(folder)
+    for name in ("results.csv", "history.csv"):
+        if (folder / name).exists():
+            read_table(folder / name, ["setting", "seed"])
 
     def record(run: Checkpoint) -> None:
         row, keys = result_row(run), ["setting", "seed"]
@@ -906,50 +936,25 @@ def train_and_save(
         add_rows(folder / "results.csv", pd.DataFrame([row]), keys)
 
     def save(run: Checkpoint) -> None:
-        path = checkpoint_path(folder, run.setting.name, run.config.seed)
-        save_checkpoint(path, run, overwrite)
+        save_checkpoint(paths[run.setting, run.config], run, overwrite)
         record(run)
 
-    for setting, config in dict.fromkeys(jobs):
-        path = checkpoint_path(folder, setting.name, config.seed)
+    for job, path in paths.items():
         if path.exists() and not overwrite:
-            runs[setting, config] = old = load_checkpoint(path)
-            if (old.setting, old.config) != (setting, config):
+            runs[job] = old = load_checkpoint(path)
+            if (old.setting, old.config) != job:
                 raise CheckpointError(
                     f"{path} exists already, trained with other hyperparameters; choose another "
                     "folder, or allow overwriting (--overwrite)"
                 )
     for run in runs.values():
         record(run)  # its rows may be missing
-    missing = [job for job in dict.fromkeys(jobs) if job not in runs]
+    missing = [job for job in paths if job not in runs]
     runs.update(zip(missing, train_many(missing, on_finish=save, **options)))
     return [runs[job] for job in jobs]
 
 
 # -------------------------------------------------------------------------------- search
-
-
-class Study:
-    """A part of the search: every combination of the values in grid, for each seed.
-
-    question: the panel of plot_search that shows it. The keys of grid are fields of Setting
-    or TrainConfig; what it leaves out is as in SEARCH_START.
-    """
-
-    def __init__(self, question: str, setting: str, seeds: tuple[int, ...] = (0,), **grid: tuple):
-        _require(question in QUESTIONS, f"no panel shows the question {question!r}")
-        self.question, self.setting, self.seeds, self.grid = question, setting, seeds, grid
-
-    def jobs(self) -> list[tuple[Setting, TrainConfig]]:
-        own, jobs = {f.name for f in fields(Setting)}, []
-        for *values, seed in itertools.product(*self.grid.values(), self.seeds):
-            change = dict(zip(self.grid, values))
-            parts = {key: change[key] for key in change if key in own}
-            rest = {key: change[key] for key in change if key not in own}
-            start, config = SEARCH_START
-            setting = replace(start, name=self.setting, **parts)
-            jobs.append((setting, replace(config, seed=seed, **rest)))
-        return jobs
 
 
 # fmt: off
@@ -972,6 +977,31 @@ QUESTIONS = {  # what is on the axis of the panel, and what tells its lines apar
     "L2 coefficient": ("weight_decay", ["epochs", "decay_all"]),
     "All three together": ("weight_decay", ["epochs", "dropout", "decay_all"]),
 }
+# fmt: on
+
+
+class Study:
+    """A part of the search: every combination of the values in grid, for each seed.
+
+    question: the panel of plot_search that shows it. The keys of grid are fields of Setting
+    or TrainConfig; what it leaves out is as in SEARCH_START.
+    """
+
+    def __init__(self, question: str, setting: str, seeds: tuple[int, ...] = (0,), **grid: tuple):
+        _require(question in QUESTIONS, f"no panel shows the question {question!r}")
+        self.question, self.setting, self.seeds, self.grid = question, setting, seeds, grid
+
+    def jobs(self) -> list[tuple[Setting, TrainConfig]]:
+        (start, config), jobs = SEARCH_START, []
+        for *values, seed in itertools.product(*self.grid.values(), self.seeds):
+            rest = dict(zip(self.grid, values))
+            own = {key: rest.pop(key) for key in self.grid if hasattr(start, key)}
+            setting = replace(start, name=self.setting, **own)
+            jobs.append((setting, replace(config, seed=seed, **rest)))
+        return jobs
+
+
+# fmt: off
 FIRST_LOOK = {"epochs": (12,), "schedule": ("cosine",)}
 NORM = {"batch_norm": (True,)}
 SEARCH = (
@@ -1201,7 +1231,7 @@ def settings_table() -> pd.DataFrame:
         row["dropout p"] = f"{setting.dropout:g}" if setting.dropout else "off"
         row["L2 coefficient"] = f"{setting.weight_decay:g}" if setting.weight_decay else "off"
         row["batch norm"] = "on" if setting.batch_norm else "off"
-        rows.append(row | {"highest learning rate": f"{setting.lr:g}"})
+        rows.append(row | {"learning rate": f"{setting.lr:g}"})
     return pd.DataFrame(rows)
 
 
@@ -1210,6 +1240,7 @@ def summary_table(results: pd.DataFrame, seed: int = 0, names=tuple(SETTINGS)) -
     rows = []
     for name, runs in _runs_by_setting(results).items():
         if name in names:
+            _require(seed in runs.index, f"{name} has no run of seed {seed}")
             row = {"setting": SETTINGS[name].label, "train %": percent(runs.train_accuracy[seed])}
             rows.append(row | {"test %": percent(runs.test_accuracy[seed])})
     return pd.DataFrame(rows)
@@ -1235,22 +1266,26 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Mean over the seeds of the difference between two settings, and the half width of its
     95 % interval by Student's t (NaN for one seed), both as fractions. For more than 10 seeds
-    the interval is that of 9 degrees of freedom, a little too wide."""
+    the interval is that of 9 degrees of freedom, a little too wide. Raises ValueError where
+    results lack one of the two."""
     runs = _runs_by_setting(results)
+    known = {setting, other} <= runs.keys()
+    _require(known, f"expected runs of {setting} and {other}; found {', '.join(runs)}")
     pairs = (runs[setting][column] - runs[other][column]).dropna()
     count = len(pairs)
     half = T_975[min(count, 10) - 2] * pairs.std() / math.sqrt(count) if count > 1 else math.nan
     return float(pairs.mean()), float(half)
 
 
-def difference_table(results: pd.DataFrame, other: str = "baseline") -> pd.DataFrame:
-    """Differences of every setting to another, paired by seed, in points with 95 % intervals."""
+def difference_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Differences of every setting to no regularization, paired by seed, in points with 95 %
+    intervals."""
     rows = []
     for name in _runs_by_setting(results):
-        if name != other:
+        if name != "baseline":
             row = {"setting": SETTINGS[name].label}
             for column, label in MEASURES.items():
-                mean, half = paired_difference(results, name, other, column)
+                mean, half = paired_difference(results, name, column=column)
                 row[label] = _with_spread(100 * mean, 100 * half, "+.2f")
             rows.append(row)
     return pd.DataFrame(rows)
@@ -1264,15 +1299,19 @@ def describe_machine() -> str:
     )
 
 
-def _panels(axes, rows: int, columns: int, size: tuple[float, float], **options):
-    """The figure and the list of its axes: those that were given, or new ones."""
+def _panels(axes, count: int, columns: int, height: float, width: float = 7, **options):
+    """The figure and count axes of it: those that were given, or new ones, height inches a row."""
     from matplotlib.figure import Figure
 
     if axes is None:
-        figure = Figure(figsize=size, layout="constrained")
+        rows, columns = max(1, math.ceil(count / columns)), max(1, min(columns, count))
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
     axes = [axes] if hasattr(axes, "plot") else list(getattr(axes, "flat", axes))
-    return axes[0].figure, axes
+    _require(len(axes) >= count, f"found {len(axes)} axes; expected one for each of {count} panels")
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return axes[0].figure, axes[:count]
 
 
 def _label(ax, title: str, x: str, y: str, size: int = 10) -> None:
@@ -1294,8 +1333,9 @@ def _show_image(ax, image: Tensor, title: str) -> None:
 
 def plot_examples(split: Split, axes=None):
     """The first image of each class, on ten axes. Returns the figure, as all plots do."""
-    figure, axes = _panels(axes, 2, 5, (7, 3.1))
-    for label, ax in enumerate(axes[: len(CLASSES)]):
+    figure, axes = _panels(axes, len(CLASSES), 5, 1.55)
+    for label, ax in enumerate(axes):
+        _require(label in split.labels, f"the split has no image of class {label}")
         first = int((split.labels == label).nonzero()[0])
         _show_image(ax, split.images[first], f"{label} {CLASSES[label]}")
     return figure
@@ -1306,7 +1346,7 @@ def plot_architecture(model: LeNet5, axes=None):
     as bars, below them what computes them and with how many parameters."""
     from matplotlib.patches import Rectangle
 
-    figure, (ax, *_) = _panels(axes, 1, 1, (7, 2.3))
+    figure, (ax, *_) = _panels(axes, 1, 1, 2.3)
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
     stages, shape = [("image", (1, 28, 28), 0)], (1, 28, 28)
     for layer, output, parameters in layer_summary(model).itertuples(index=False):
@@ -1339,9 +1379,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     history: the table history.csv.
     """
     names = names or [name for name in SETTINGS if name in set(history.setting)]
-    rows, columns = math.ceil(len(names) / 2), min(2, len(names))
-    size = (7, 2.3 * rows)
-    figure, axes = _panels(axes, rows, columns, size, sharex=True, sharey=True)
+    figure, axes = _panels(axes, len(names), 2, 2.3, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
         wide = epochs.pivot(index="epoch", columns=["split", "seed"], values="accuracy")
@@ -1357,8 +1395,6 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
         ax.tick_params(labelbottom=True)
         _epoch_ticks(ax, max(epochs.epoch))
         ax.legend(loc="lower right", fontsize=8)
-    for ax in axes[len(names) :]:
-        ax.set_axis_off()
     return figure
 
 
@@ -1368,7 +1404,7 @@ def plot_means(history: pd.DataFrame, axes=None):
 
     history: the table history.csv.
     """
-    figure, axes = _panels(axes, 1, 2, (7, 2.6))
+    figure, axes = _panels(axes, 2, 2, 2.6)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
     settled = max(history.epoch) // 4  # the first epochs would leave little room for the rest
     accuracies = 100 * means.accuracy.xs("test", level="split")
@@ -1392,6 +1428,7 @@ def _words(key: str, value) -> str:
     if key == "setting":
         return SETTINGS[value].label
     words = {"relu": "ReLU", "max": "maximum", "sgd": "SGD", "adam": "Adam"}
+    words["one_cycle"] = "one-cycle"
     words |= {True: "L2 on all", False: "", "all": "all hidden layers", "conv": "convolutions only"}
     forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "dropout {:g}"}
     return forms[key].format(value) if key in forms else words.get(value, value)
@@ -1407,56 +1444,63 @@ def _runs_of(question: str, table: pd.DataFrame, plan) -> pd.DataFrame:
     return runs.sort_values(QUESTIONS[question][1], kind="stable", **order)
 
 
+def _search_ticks(ax, key: str, values: list) -> dict:
+    """Set the ticks for the values of a hyperparameter. Returns where on the axis each is."""
+    if key == "norm_place":
+        labels = [place.replace("_", "\n") for place in BLOCK_ORDERS]
+        ax.set_xticks(range(len(labels)), labels)
+        return {place: at for at, place in enumerate(BLOCK_ORDERS)}
+    ax.set_xscale("log", base=2)
+    close = {low for low, high in itertools.pairwise(values) if high < 1.2 * low}  # no room
+    ticks = [value for value in values if value not in close]
+    crowded = len(values) > 5 or values[-1] > 50 * values[0]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=90 if crowded else 0)
+    return {value: value for value in values}
+
+
 def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, axes=None):
     """Validation accuracy against what was varied, one panel for each question of the plan:
     a point for each run, a line through the means over the seeds (solid with the schedule that
-    was chosen, dashed with another), a ring around what was chosen.
+    was chosen, dashed with another), a ring around the mean of what was chosen.
 
-    table: search.csv.
+    table: search.csv, finished or not.
     """
     axis = {"lr": "highest learning rate", "norm_place": "place in the block"}
     axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
-    rows = math.ceil(len(questions) / 2)
-    figure, axes = _panels(axes, rows, 2, (7, 1.9 * rows))
+    figure, axes = _panels(axes, len(questions), 2, 1.95)
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
+        _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
         runs, styles = _runs_of(question, table, plan), {}
-        places = list(BLOCK_ORDERS) if x == "norm_place" else sorted(set(runs[x]))
-        at = {place: places.index(place) if x == "norm_place" else place for place in places}
+        if runs.empty:
+            continue
+        at = _search_ticks(ax, x, sorted(set(runs[x])))
         for (*values, schedule), line in runs.groupby([*names, "schedule"], sort=False):
-            label = ", ".join(filter(None, map(_words, names, values)))
+            both = runs[(runs[names] == values).all(axis=1)].schedule.nunique() > 1
+            words = [*map(_words, names, values), _words("schedule", schedule) if both else ""]
+            label = textwrap.fill(", ".join(filter(None, words)), 24, break_on_hyphens=False)
             fresh = OTHER_STYLES[len(styles) % len(OTHER_STYLES)]
             color, marker = styles.setdefault(label, fresh)
             color = COLORS[values[0]] if "setting" in names else color
-            solid = "-" if schedule == TrainConfig().schedule else "--"
-            means = 100 * line.groupby(x).val_accuracy.mean()
             look = {"color": color, "marker": marker, "ms": 3, "lw": 1}
-            ax.plot(means.index.map(at), means, solid, label=label, **look)
-            ax.plot(line[x].map(at), 100 * line.val_accuracy, ls="none", **look)
+            look["ls"] = "-" if schedule == TrainConfig().schedule else "--"
+            means = 100 * line.groupby(x).val_accuracy.mean()
+            ax.plot([], [], label=label, **look)
+            ax.plot(means.index.map(at), means, **look | {"marker": ""})
+            ax.plot(line[x].map(at), 100 * line.val_accuracy, **look | {"ls": ""})
             own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
             same = names if x == "norm_place" else [*names, "schedule"]  # the place: a first look
             if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
                 ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9)
-        crowded = x != "norm_place" and (len(places) > 5 or places[-1] > 50 * places[0])
-        if x != "norm_place":
-            ax.set_xscale("log", base=2)
-            for low, high in zip(places[-2::-1], places[:0:-1]):
-                if high < 1.2 * low:  # no room for both labels
-                    del at[low]
-        labels = [f"{place:g}" if x != "norm_place" else place.replace("_", "\n") for place in at]
-        ax.set_xticks(list(at.values()), labels, rotation=90 if crowded else 0)
         ax.tick_params(labelsize=7)
-        _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
         ax.grid(alpha=0.3)
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, handlelength=1.6)
-    for ax in axes[len(questions) :]:
-        ax.set_axis_off()
     return figure
 
 
 def plot_confusion(matrix: pd.DataFrame, axes=None):
     """A confusion matrix, (10, 10), in percent of each true class."""
-    figure, (ax, *_) = _panels(axes, 1, 1, (5.6, 3))
+    figure, (ax, *_) = _panels(axes, 1, 1, 2.7, width=5.6)
     shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
     for row, column in itertools.product(range(len(CLASSES)), repeat=2):
@@ -1470,19 +1514,16 @@ def plot_confusion(matrix: pd.DataFrame, axes=None):
     return figure
 
 
-def plot_mistakes(model: nn.Module, split: Split, axes=None, count: int = 10):
-    """The mistakes made with the highest probability: true class, predicted class, percent."""
-    rows = math.ceil(count / 5)
-    figure, axes = _panels(axes, rows, 5, (7, 1.65 * rows))
+def plot_mistakes(model: nn.Module, split: Split, axes=None):
+    """The ten mistakes made with the highest probability: true class, predicted class, percent."""
     confidence, predicted = predict(model, split).max(1)
     wrong = (predicted != split.labels.cpu()).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True)][:count].tolist()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:10].tolist()
+    figure, axes = _panels(axes, len(worst), 5, 1.5)
     for index, ax in zip(worst, axes):
         truth, guess = (CLASSES[int(labels[index])] for labels in (split.labels, predicted))
         title = f"{truth},\ntaken for {guess}\n({100 * confidence[index]:.1f} %)"
         _show_image(ax, split.images[index], title)
-    for ax in axes[len(worst) :]:
-        ax.set_axis_off()
     return figure
 
 
@@ -1585,7 +1626,10 @@ def _test_command(args) -> int:
             differing.append(f"{file}, {row.split}: {pair}")
     print(pd.DataFrame(rows).to_string(index=False))
     if not compared:
-        print(f"{path} records nothing to compare with. {BARE}")
+        print(
+            f"{path} records nothing to compare with. Bare weights are taken for those of a "
+            "network with ReLU, maximum pooling and batch norm, if any, after the activation."
+        )
         return 0
     reference = path / "results.csv" if path.is_dir() else f"what {path} recorded"
     verdict = "DIFFER from" if differing else "equal"
@@ -1602,9 +1646,9 @@ def _recorded_in(folder: Path) -> dict[Path, dict[str, float]]:
         names and results.index.is_unique,
         f"{folder / 'results.csv'} should have one row of seed 0 for each setting to measure",
     )
-    table = results.rename(columns=ACCURACIES)[list(ACCURACIES.values())]
-    numbers = table.select_dtypes("number").shape == table.shape
-    _require(numbers, f"{folder / 'results.csv'} holds text where accuracies should be")
+    table = results.loc[names].rename(columns=ACCURACIES)[list(ACCURACIES.values())]
+    known = table.select_dtypes("number").shape == table.shape and table.notna().all(axis=None)
+    _require(known, f"{folder / 'results.csv'} lacks accuracies, or holds text in their place")
     return {checkpoint_path(folder, name): table.loc[name].to_dict() for name in names}
 
 
@@ -1616,7 +1660,7 @@ def _search_command(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 where accuracies differ from those recorded,
-    2 for bad input, which is said in one sentence on stderr, 130 for Ctrl-C."""
+    2 for bad input or a failed run, which is said in one sentence on stderr, 130 for Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

@@ -236,6 +236,12 @@ def test_a_bare_state_dict_is_accepted(splits, tmp_path, name, norm_layers):
         dl.save_checkpoint(tmp_path / "new.pt", bare)
 
 
+def test_a_name_that_is_too_long_is_said(checkpoint, tmp_path):
+    for use in (dl.load_checkpoint, lambda path: dl.save_checkpoint(path, checkpoint)):
+        with pytest.raises(dl.CheckpointError, match="File name too long"):
+            use(tmp_path / ("x" * 300))
+
+
 def test_loading_leaves_the_global_generator_alone(good, tmp_path):
     (tmp_path / "good.pt").write_bytes(good)
     before = torch.get_rng_state()

@@ -182,7 +182,13 @@ TABLES = {
         lambda folder: (folder / "results.csv").write_text(
             "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,0,high,0.9,0.9\n"
         ),
-        "results.csv holds text where accuracies should be",
+        "results.csv lacks accuracies, or holds text in their place",
+    ),
+    "an accuracy missing": (
+        lambda folder: (folder / "results.csv").write_text(
+            "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,0,0.9,0.9,\n"
+        ),
+        "results.csv lacks accuracies, or holds text in their place",
     ),
     "no row of seed 0": (
         lambda folder: (folder / "results.csv").write_text(
@@ -242,7 +248,7 @@ def test_a_failed_run_gives_exit_code_2(monkeypatch):
 
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python dl_utils.py (.+?)(?: +#.*)?$", README, re.M)
+COMMANDS = re.findall(r"`python dl_utils.py (.+?)`", README)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -257,7 +263,7 @@ def test_commands_of_the_readme_parse(command):
 def test_readme_has_a_command_to_train_and_one_to_test_each_setting():
     for name in dl.SETTINGS:
         assert f"train {name}" in COMMANDS and f"test weights/{name}.pt" in COMMANDS
-    assert "test" in COMMANDS and "search" in COMMANDS
+    assert "test" in COMMANDS and "search" in COMMANDS and len(README.splitlines()) <= 120
 
 
 # The weights that are shipped.

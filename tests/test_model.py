@@ -129,3 +129,8 @@ def test_settings_out_of_range_are_refused(change):
     if key not in ("lr", "weight_decay", "decay_all"):
         with pytest.raises(ValueError, match=f"^{key} is .*; expected"):
             LeNet5(**{key: value})
+
+
+def test_arguments_that_the_network_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="^LeNet5 has no weight_decay; expected some of dropout"):
+        LeNet5(weight_decay=0.5)

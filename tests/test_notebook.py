@@ -13,7 +13,11 @@ import dl_utils as dl
 NOTEBOOK = json.loads((ROOT / "EX1.ipynb").read_text())
 CELLS = NOTEBOOK["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
-PROSE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
+PROSE = [
+    "".join(cell["source"]).replace("\N{NO-BREAK SPACE}", " ")
+    for cell in CELLS
+    if cell["cell_type"] == "markdown"
+]
 README = (ROOT / "README.md").read_text()
 
 
@@ -142,6 +146,12 @@ def test_mistakes_in_prose_are_those_of_the_saved_weights(real_splits):
     shirt = (100 * matrix.loc["shirt"] / matrix.loc["shirt"].sum()).map("{:.1f}".format)
     prose = " ".join(PROSE)
     assert f"{among} of its {10_000 - hits} mistakes are confusions among" in prose
+    probability, predicted = dl.predict(model, real_splits["test"]).max(1)
+    sure = ((predicted != real_splits["test"].labels) & (probability > 0.99)).sum()
+    assert f"{sure} of its {10_000 - hits} mistakes are made with more than 99 %" in prose
+    most = [f"{100 * matrix.loc[name, name] / 1000:.1f}" for name in ("bag", "sandal", "trouser")]
+    said = "Bags, sandals and trousers are recognized to {}, {} and {} %"
+    assert said.format(*most) in prose
     assert (
         f"{shirt['shirt']} % are recognized, {shirt['T-shirt']} % are taken for T-shirts, "
         f"{shirt['pullover']} % for pullovers and {shirt['coat']} % for coats"

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
 
@@ -63,16 +64,28 @@ def test_paired_differences_have_students_interval(results):
     assert dl._with_spread(-1.25, 0.3, "+.2f") == "−1.25 ± 0.30"
     many = pd.concat([results.assign(seed=results.seed + 3 * k) for k in range(5)])
     assert dl.paired_difference(many, "combined")[1] < difference[1]  # 15 seeds
+    with pytest.raises(ValueError, match="expected runs of dropuot and baseline; found baseline"):
+        dl.paired_difference(results, "dropuot")
+    with pytest.raises(ValueError, match="baseline has no run of seed 7"):
+        dl.summary_table(results, seed=7)
     one_seed = results[results.seed == 0]
     assert math.isnan(dl.paired_difference(one_seed, "combined")[1])
     assert "nan" not in str(dl.difference_table(one_seed)) + str(dl.seed_table(one_seed))
+
+
+def test_quantiles_are_students():
+    for k, quantile in enumerate(dl.T_975, 1):
+        x = torch.linspace(0, quantile, 100_001, dtype=torch.float64)
+        scale = math.gamma((k + 1) / 2) / math.gamma(k / 2) / math.sqrt(k * math.pi)
+        density = scale * (1 + x**2 / k) ** (-(k + 1) / 2)
+        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
 
 
 def test_settings_table_shows_what_differs():
     table = dl.settings_table().set_index("setting")
     assert table["dropout p"].iloc[0] == "off"
     for setting in dl.SETTINGS.values():
-        assert table.loc[setting.label, "highest learning rate"] == f"{setting.lr:g}"
+        assert table.loc[setting.label, "learning rate"] == f"{setting.lr:g}"
 
 
 def test_tables_are_html_in_jupyter_and_latex_in_the_pdf(results):
@@ -152,6 +165,14 @@ def test_plots_draw_into_given_axes(history, splits, trained):
     ax = Figure().subplots()
     matrix = dl.confusion_matrix(trained["baseline"].model, splits["test"])
     assert dl.plot_confusion(matrix, axes=ax) is ax.figure
+
+
+def test_plots_say_what_they_need(history, splits):
+    with pytest.raises(ValueError, match="found 1 axes; expected one for each of 5 panels"):
+        dl.plot_convergence(history, axes=Figure().subplots())
+    few = splits["val"].labels < 9
+    with pytest.raises(ValueError, match="the split has no image of class 9"):
+        dl.plot_examples(dl.Split(splits["val"].images[few], splits["val"].labels[few]))
 
 
 def test_confusion_is_in_percent_of_each_true_class(trained, splits):

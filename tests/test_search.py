@@ -47,6 +47,11 @@ def test_search_needs_no_test_split_and_records_what_it_ran(splits, tmp_path, mo
     assert ax.get_title() == "Learning rate" and len(ax.lines) >= 4
 
 
+def test_a_search_that_has_just_begun_is_drawn(table):
+    figure = dl.plot_search(table[:10])
+    assert [ax.get_title() for ax in figure.axes[:9]] == list(dl.QUESTIONS)
+
+
 def test_a_study_has_a_panel():
     with pytest.raises(ValueError, match="no panel shows the question 'Momentum'"):
         dl.Study("Momentum", "baseline", lr=(0.1,))

@@ -22,10 +22,12 @@ from dl_utils import (
     build_model,
     confusion_matrix,
     evaluate,
+    load_checkpoint,
     make_optimizer,
     minibatches,
     predict,
     read_table,
+    save_checkpoint,
     train,
     train_and_save,
     train_many,
@@ -262,6 +264,16 @@ def test_batch_sizes_that_cannot_be_trained_on_are_refused(splits):
     for size in (1, 47):  # 330 = 7 * 47 + 1
         with pytest.raises(ValueError, match=f"batch_size {size} leaves a batch of one image"):
             train(SETTINGS["batch_norm"], splits, TrainConfig(1, size))
+    train(replace(SETTINGS["batch_norm"], norm_layers="conv"), splits, TrainConfig(1, 47))
+
+
+def test_a_device_that_is_not_there_is_refused(splits, trained, tmp_path):
+    save_checkpoint(tmp_path / "run.pt", trained["baseline"])
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"cannot use the device '{device}'; its own is"):
+            train(SETTINGS["baseline"], splits, TrainConfig(1), device=device)
+        with pytest.raises(ValueError, match=f"cannot use the device '{device}'; its own is"):
+            load_checkpoint(tmp_path / "run.pt", device)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +302,11 @@ def test_training_needs_train_and_val_and_what_it_is_to_measure(splits):
     for name in ("train", "val"):
         rest = {key: split for key, split in splits.items() if key != name}
         for measure in (None, ("val",)):
-            with pytest.raises(ValueError, match="expected splits named train and val"):
+            with pytest.raises(ValueError, match="expected splits named|expected val among them"):
                 train(SETTINGS["baseline"], rest, TrainConfig(1), measure=measure)
-    with pytest.raises(
-        ValueError, match="all those to measure; found train, val, test, to measure"
-    ):
+    with pytest.raises(ValueError, match="measure is test; expected val among them"):
+        train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("test",))
+    with pytest.raises(ValueError, match="splits named train, val, tset; found train, val, test"):
         train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("val", "tset"))
 
 
@@ -367,6 +379,26 @@ def test_an_interrupt_cancels_the_jobs_not_yet_begun(splits, config, trained, mo
             train_many(jobs, executor, splits=splits, on_finish=interrupt)
         interrupted.set()
     assert len(begun) <= 2
+
+
+def test_no_splits_are_not_those_of_fashion_mnist(config):
+    with ThreadPoolExecutor(1) as executor:
+        (run,) = train_many([(SETTINGS["baseline"], config)], executor, splits={})
+    assert isinstance(run, ValueError) and "expected splits named train" in str(run)
+
+
+def test_a_new_label_is_not_another_run(splits, trained, config, tmp_path):
+    save_checkpoint(tmp_path / "baseline.pt", trained["baseline"])
+    job = (replace(SETTINGS["baseline"], label="Plain"), config)
+    (run,) = train_and_save([job], tmp_path, splits=splits)
+    assert run.history.equals(trained["baseline"].history)
+
+
+def test_a_broken_table_is_said_before_training(config, tmp_path):
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="results.csv lacks the columns setting, seed"):
+        train_and_save([(SETTINGS["baseline"], config)], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_train_many_of_nothing():
