@@ -231,15 +231,18 @@ def test_nothing_happens_at_import():
 
 
 def test_ctrl_c_ends_training_cleanly(real_splits, tmp_path):
-    command = [sys.executable, "dl_utils.py", "train", "baseline", "combined", "--out", tmp_path]
+    out = tmp_path / "runs"
+    command = [sys.executable, "dl_utils.py", "train", "baseline", "combined", "--out", out]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
-    time.sleep(9)
+    while process.poll() is None and not out.exists():  # it is made before workers are
+        time.sleep(0.05)
+    time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.strip() == "dl_utils.py: interrupted; finished runs are kept"
-    assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".part")]
+    assert not [path for path in out.iterdir() if path.suffix in (".pt", ".part")]
 
 
 def test_a_failed_run_gives_exit_code_2(monkeypatch):

@@ -146,7 +146,7 @@ def test_killed_training_goes_on_with_what_is_missing(tmp_path, splits):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_interrupted_search_goes_on_with_what_is_missing(tmp_path, splits):
     script, path = tmp_path / "run.py", tmp_path / "search.csv"
-    grid = {"epochs": (10,), "lr": (0.01, 0.012, 0.015, 0.02, 0.025, 0.03)}
+    grid = {"epochs": (5,), "lr": (0.01, 0.012, 0.015, 0.02, 0.025, 0.03)}
     script.write_text(SCRIPT.format(root=str(ROOT), grid=grid))
     kept = {}
 
