@@ -1467,7 +1467,7 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
     """
     axis = {"lr": "highest learning rate", "norm_place": "place in the block"}
     axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
-    figure, axes = _panels(axes, len(questions), 2, 1.85)
+    figure, axes = _panels(axes, len(questions), 2, 1.75)
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)

@@ -203,7 +203,7 @@ def main():
         print(f"| peak memory of training | {command(sys.executable, *train)[1]:.2f} GB | 1.5 GB |")
         time_of_test = statistics.median(s for s, _ in runs["test"])
         print(f"| time of `test` of one file, cold | {time_of_test:.1f} s | |")
-        elapsed = command("jupyter", "nbconvert", *notebook)[0]
+        elapsed = command(sys.executable, "-m", "jupyter", "nbconvert", *notebook)[0]
         print(f"| time of the notebook, {os.cpu_count()} cores | {elapsed:.0f} s | |")
 
 

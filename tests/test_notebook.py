@@ -104,10 +104,14 @@ def facts(results):
             numbers += [*own[column], own[column].mean(), own[column].std()]
             for other in set(dl.SETTINGS) - {name}:
                 numbers += dl.paired_difference(results, name, other, column)
+    history = dl.read_table(ROOT / "weights/history.csv")
+    first = history[(history.epoch == 1) & (history.split == "test")]
+    first = runs.merge(first, on=["setting", "seed"])
+    for name in dl.SETTINGS:
+        numbers += dl.paired_difference(first, name, column="accuracy")
     search = dl.read_table(ROOT / "weights/search.csv")
     groups = [column for column in dl.SEARCH_COLUMNS if column != "seed"]
     numbers += [*search.val_accuracy, *search.groupby(groups).val_accuracy.mean()]
-    history = dl.read_table(ROOT / "weights/history.csv")
     numbers += list(history.groupby(["setting", "split", "epoch"]).accuracy.mean())
     return {f"{abs(100 * number):.2f}" for number in numbers}
 
