@@ -235,7 +235,7 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
             from torchvision.datasets import FashionMNIST  # slow to import
 
             raw.mkdir(parents=True, exist_ok=True)
-            with FileLock(raw / ".lock"):  # other workers may miss the same files
+            with FileLock(raw / ".lock"):  # other workers may find the same files missing
                 FashionMNIST(root, download=True)
         except Exception as error:  # of the file system, of the network, of a checksum
             reason = str(error).strip().split("\n")[-1]
@@ -401,6 +401,7 @@ EVALUATION_BATCH = 500  # images; they fit the cache
 def _logits(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> Tensor:
     """(N, 10) on the CPU, in evaluation mode."""
     _check_split(split)
+    _require(batch_size >= 1, f"batch_size is {batch_size}; expected 1 or more")
     device = next(model.parameters()).device
     with _evaluation_mode(model):
         batches = split.images.split(batch_size)
@@ -409,10 +410,11 @@ def _logits(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) 
 
 def evaluate(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> Metrics:
     """Loss and accuracy over a split in evaluation mode: no dropout, batch normalization by
-    its running statistics. The mode that the model was in is restored afterwards.
+    its running statistics. The mode that the model was in is restored afterwards. batch_size
+    changes speed and memory alone.
 
     Raises ValueError, as predict and confusion_matrix, for a split of other shapes, types or
-    labels.
+    labels, and for a batch_size below 1.
     """
     logits, labels = _logits(model, split, batch_size), split.labels.cpu()
     loss = F.cross_entropy(logits.double(), labels).item()
@@ -646,7 +648,8 @@ def read_table(path: str | Path, columns=()) -> pd.DataFrame:
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; expected a table that this program wrote")
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
+        text = {"dtype": {"setting": str}, "keep_default_na": False, "na_values": [""]}
+        table = pd.read_csv(path, float_precision="round_trip", **text)
     except ValueError as error:  # empty, ragged or binary
         reason = f"{path} is not a table ({str(error).strip()}); move it out of the way"
         raise ValueError(reason) from error
@@ -918,7 +921,8 @@ def train_and_save(
     an interruption; with overwrite all are. Returns the results in the order of jobs.
     Raises, before any training, ValueError where the folder cannot be written to, its tables
     cannot be read or two different jobs would write the same file, and CheckpointError where a
-    file in it is of other hyperparameters and overwrite is off.
+    file in it is damaged, or of other hyperparameters, and overwrite is off; and what
+    train_many raises.
     """
     folder, jobs, runs = Path(folder), list(jobs), {}
     paths = {job: checkpoint_path(folder, job[0].name, job[1].seed) for job in jobs}
@@ -980,15 +984,26 @@ QUESTIONS = {  # what is on the axis of the panel, and what tells its lines apar
 # fmt: on
 
 
+def _search_row(setting: Setting, config: TrainConfig) -> dict:
+    row = {"setting": setting.name, **asdict(setting), **asdict(config)}
+    return {key: row[key] for key in row if key not in ("name", "label", "split_seed")}
+
+
+SEARCH_COLUMNS = list(_search_row(*SEARCH_START))
+
+
 class Study:
     """A part of the search: every combination of the values in grid, for each seed.
 
-    question: the panel of plot_search that shows it. The keys of grid are fields of Setting
-    or TrainConfig; what it leaves out is as in SEARCH_START.
+    question: the panel of plot_search that shows it. The keys of grid are those of
+    SEARCH_COLUMNS but setting and seed; what it leaves out is as in SEARCH_START.
+    Raises ValueError for another key, or a question that no panel shows.
     """
 
     def __init__(self, question: str, setting: str, seeds: tuple[int, ...] = (0,), **grid: tuple):
         _require(question in QUESTIONS, f"no panel shows the question {question!r}")
+        unknown = ", ".join(grid.keys() - set(SEARCH_COLUMNS) | grid.keys() & {"seed"})
+        _require(not unknown, f"a study cannot vary {unknown}")
         self.question, self.setting, self.seeds, self.grid = question, setting, seeds, grid
 
     def jobs(self) -> list[tuple[Setting, TrainConfig]]:
@@ -1076,14 +1091,6 @@ SEARCH = (
 # fmt: on
 
 
-def _search_row(setting: Setting, config: TrainConfig) -> dict:
-    row = {"setting": setting.name, **asdict(setting), **asdict(config)}
-    return {key: row[key] for key in row if key not in ("name", "label", "split_seed")}
-
-
-SEARCH_COLUMNS = list(_search_row(*SEARCH_START))
-
-
 def _search_keys(table: pd.DataFrame, but: tuple[str, ...] = ()) -> list[tuple]:
     columns = [column for column in SEARCH_COLUMNS if column not in but]
     return list(table[columns].itertuples(index=False, name=None))
@@ -1096,8 +1103,9 @@ def search(
 
     Only the train and val splits reach training. options go to train_many.
     Returns the table: SEARCH_COLUMNS, val_accuracy (of the best epoch), seconds.
-    Raises ValueError, before any run, where the folder cannot be written to, and at the end if
-    a run failed; the others are in the table.
+    Raises ValueError, before any run, where the folder cannot be written to or the table cannot
+    be read, and at the end if a run failed (the others are in the table); and what train_many
+    raises.
     """
     _require_writable(Path(path).parent)
     done = set()
@@ -1125,7 +1133,7 @@ def batch_norm_gradients(
 ) -> dict[str, Tensor]:
     """The six answers to question 3 (theory.md), for the layer of Ioffe and Szegedy (2015).
 
-    x and upstream, which is df/dy, are (m,); gamma is a scalar.
+    x and upstream, which is df/dy, are (m,); gamma is a scalar; eps is added to the variance.
     Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,).
     """
     m, mean = len(x), x.mean()
@@ -1236,7 +1244,8 @@ def settings_table() -> pd.DataFrame:
 
 
 def summary_table(results: pd.DataFrame, seed: int = 0, names=tuple(SETTINGS)) -> pd.DataFrame:
-    """The final train and test accuracy of one seed of each setting, in percent."""
+    """The final train and test accuracy of one seed of each setting in names, in percent.
+    Raises ValueError where one of them has runs, but not of that seed."""
     rows = []
     for name, runs in _runs_by_setting(results).items():
         if name in names:
@@ -1279,7 +1288,7 @@ def paired_difference(
 
 def difference_table(results: pd.DataFrame) -> pd.DataFrame:
     """Differences of every setting to no regularization, paired by seed, in points with 95 %
-    intervals."""
+    intervals. Raises ValueError where there are no runs without regularization."""
     rows = []
     for name in _runs_by_setting(results):
         if name != "baseline":
@@ -1332,7 +1341,8 @@ def _show_image(ax, image: Tensor, title: str) -> None:
 
 
 def plot_examples(split: Split, axes=None):
-    """The first image of each class, on ten axes. Returns the figure, as all plots do."""
+    """The first image of each class, on ten axes. Returns the figure, as all plots do, and
+    raises ValueError for too few axes, as all plots do, or a class without an image."""
     figure, axes = _panels(axes, len(CLASSES), 5, 1.55)
     for label, ax in enumerate(axes):
         _require(label in split.labels, f"the split has no image of class {label}")
@@ -1372,13 +1382,22 @@ def plot_architecture(model: LeNet5, axes=None):
     return figure
 
 
+def _names_in(history: pd.DataFrame, names=None) -> list[str]:
+    """The settings to show, by default all there are, checked to be in history."""
+    names = names or [name for name in SETTINGS if name in set(history.setting)]
+    missing = {*names} - {*history.setting} | {"train", "val", "test"} - {*history.split}
+    _require(not missing, f"the history lacks {', '.join(sorted(missing))}")
+    return names
+
+
 def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     """Train and test accuracy after each epoch, one panel per setting: the first seed as a
     line, all seeds from least to greatest as a band, the epoch kept by validation as a dot.
 
-    history: the table history.csv.
+    history: the table history.csv. names: of the settings to show, by default all there are.
+    Raises ValueError where history lacks a setting or a split.
     """
-    names = names or [name for name in SETTINGS if name in set(history.setting)]
+    names = _names_in(history, names)
     figure, axes = _panels(axes, len(names), 2, 2.3, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
@@ -1402,13 +1421,14 @@ def plot_means(history: pd.DataFrame, axes=None):
     """Means over the seeds after each epoch, all settings together: test accuracy, and the loss
     on test (solid) and train (dashed), on two axes.
 
-    history: the table history.csv.
+    history: the table history.csv. Raises ValueError where it lacks a split.
     """
+    names = _names_in(history)
     figure, axes = _panels(axes, 2, 2, 2.6)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
     settled = max(history.epoch) // 4  # the first epochs would leave little room for the rest
     accuracies = 100 * means.accuracy.xs("test", level="split")
-    for name in (name for name in SETTINGS if name in set(history.setting)):
+    for name in names:
         test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
         axes[0].plot(accuracies[name], **style)
         axes[1].plot(test.loss, label=SETTINGS[name].label, **style)
@@ -1437,7 +1457,7 @@ def _words(key: str, value) -> str:
 def _runs_of(question: str, table: pd.DataFrame, plan) -> pd.DataFrame:
     """The rows of search.csv that a panel shows: those that its studies name, with any seed."""
     jobs = [job for study in plan if study.question == question for job in study.jobs()]
-    planned = pd.DataFrame(_search_row(*job) for job in jobs)
+    planned = pd.DataFrame([_search_row(*job) for job in jobs], columns=SEARCH_COLUMNS)
     keys = pd.Series(_search_keys(table, ("seed",)), index=table.index)
     runs = table[keys.isin(_search_keys(planned, ("seed",)))]
     order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
@@ -1459,9 +1479,10 @@ def _search_ticks(ax, key: str, values: list) -> dict:
 
 
 def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, axes=None):
-    """Validation accuracy against what was varied, one panel for each question of the plan:
+    """Validation accuracy against what was varied, one panel for each of the questions:
     a point for each run, a line through the means over the seeds (solid with the schedule that
-    was chosen, dashed with another), a ring around the mean of what was chosen.
+    was chosen, dashed with another), a ring around the mean where what the panel varies has its
+    chosen values.
 
     table: search.csv, finished or not.
     """
@@ -1660,7 +1681,8 @@ def _search_command(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 1 where accuracies differ from those recorded,
-    2 for bad input or a failed run, which is said in one sentence on stderr, 130 for Ctrl-C."""
+    2 for bad input or a failed run, which is said in one sentence on stderr, 130 for Ctrl-C.
+    Raises SystemExit(2), as argparse does, for a command that does not parse."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

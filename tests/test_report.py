@@ -103,6 +103,8 @@ def test_tables_write_numbers_as_text_does():
 
 
 def test_means_are_those_of_the_history(history):
+    other = history.assign(seed=1, loss=2 * history.loss, accuracy=history.accuracy / 2)
+    history = pd.concat([history, other])
     figure = dl.plot_means(history)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
     accuracies, losses = figure.axes
@@ -170,6 +172,9 @@ def test_plots_draw_into_given_axes(history, splits, trained):
 def test_plots_say_what_they_need(history, splits):
     with pytest.raises(ValueError, match="found 1 axes; expected one for each of 5 panels"):
         dl.plot_convergence(history, axes=Figure().subplots())
+    for rest in (history[history.split != "train"], history[history.setting != "combined"]):
+        with pytest.raises(ValueError, match="the history lacks (train|combined)"):
+            dl.plot_convergence(rest, names=["combined"])
     few = splits["val"].labels < 9
     with pytest.raises(ValueError, match="the split has no image of class 9"):
         dl.plot_examples(dl.Split(splits["val"].images[few], splits["val"].labels[few]))

@@ -48,6 +48,7 @@ def test_search_needs_no_test_split_and_records_what_it_ran(splits, tmp_path, mo
 
 
 def test_a_search_that_has_just_begun_is_drawn(table):
+    dl.plot_search(table, plan=dl.SEARCH[:2])
     figure = dl.plot_search(table[:10])
     assert [ax.get_title() for ax in figure.axes[:9]] == list(dl.QUESTIONS)
 
@@ -55,6 +56,9 @@ def test_a_search_that_has_just_begun_is_drawn(table):
 def test_a_study_has_a_panel():
     with pytest.raises(ValueError, match="no panel shows the question 'Momentum'"):
         dl.Study("Momentum", "baseline", lr=(0.1,))
+    for key in ("split_seed", "seed", "lrr"):
+        with pytest.raises(ValueError, match=f"a study cannot vary {key}"):
+            dl.Study("Learning rate", "baseline", **{key: (0, 1)})
 
 
 class Guarded(dict):

@@ -267,6 +267,11 @@ def test_batch_sizes_that_cannot_be_trained_on_are_refused(splits):
     train(replace(SETTINGS["batch_norm"], norm_layers="conv"), splits, TrainConfig(1, 47))
 
 
+def test_no_batches_to_evaluate_are_refused(splits, trained):
+    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
+        evaluate(trained["baseline"].model, splits["val"], 0)
+
+
 def test_a_device_that_is_not_there_is_refused(splits, trained, tmp_path):
     save_checkpoint(tmp_path / "run.pt", trained["baseline"])
     for device in ("gpu", "cuda:99"):
@@ -392,6 +397,16 @@ def test_a_new_label_is_not_another_run(splits, trained, config, tmp_path):
     job = (replace(SETTINGS["baseline"], label="Plain"), config)
     (run,) = train_and_save([job], tmp_path, splits=splits)
     assert run.history.equals(trained["baseline"].history)
+
+
+@pytest.mark.parametrize("name", ["1", "007", "null"])
+def test_a_name_like_a_number_is_a_name(name, splits, tmp_path):
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as executor:
+            job = (Setting(name, "Odd"), TrainConfig(1, 64))
+            train_and_save([job], tmp_path, splits=splits, executor=executor)
+    assert list(read_table(tmp_path / "results.csv").setting) == [name]
+    assert len(read_table(tmp_path / "history.csv")) == 3
 
 
 def test_a_broken_table_is_said_before_training(config, tmp_path):
