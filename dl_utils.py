@@ -818,7 +818,7 @@ def train_many(
             folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             epochs_file = os.path.join(stack.enter_context(folder), "epochs")
             executor = stack.enter_context(_processes(min(len(jobs), workers or cores)))
-        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
+        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None if jobs else True))
         with _ctrl_c_ignored() if epochs_file else contextlib.nullcontext():
             pending = {
                 executor.submit(_run_job, job, splits, str(root), measure, epochs_file): index
