@@ -1515,7 +1515,7 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
                 ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, handlelength=1.6)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.05, 1), fontsize=7, handlelength=1.6)
     return figure
 
 
