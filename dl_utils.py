@@ -700,7 +700,7 @@ def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
 
 def _splits_to_train_on(splits, measure, setting: Setting, batch_size: int) -> dict[str, Split]:
     """Those named train and in measure, checked against what batches of that size need."""
-    needed = ("train", *measure)
+    needed = dict.fromkeys(("train", "val", *measure))
     found = ", ".join(splits)
     _require({*needed} <= {*splits}, f"expected splits named {', '.join(needed)}; found {found}")
     _require("val" in measure, f"measure is {', '.join(measure)}; expected val among them")
@@ -1447,9 +1447,10 @@ def _words(key: str, value) -> str:
     """A value of a hyperparameter in a legend; empty where it goes without saying."""
     if key == "setting":
         return SETTINGS[value].label
-    words = {"relu": "ReLU", "max": "maximum", "sgd": "SGD", "adam": "Adam"}
-    words["one_cycle"] = "one-cycle"
-    words |= {True: "L2 on all", False: "", "all": "all hidden layers", "conv": "convolutions only"}
+    words = {
+        "relu": "ReLU", "max": "maximum", "sgd": "SGD", "adam": "Adam", "one_cycle": "one-cycle",
+        "all": "all hidden layers", "conv": "convolutions only", True: "L2 on all", False: "",
+    }  # fmt: skip
     forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "dropout {:g}"}
     return forms[key].format(value) if key in forms else words.get(value, value)
 
@@ -1492,18 +1493,17 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
-        runs, styles = _runs_of(question, table, plan), {}
+        runs = _runs_of(question, table, plan)
         if runs.empty:
             continue
         at = _search_ticks(ax, x, sorted(set(runs[x])))
-        for (*values, schedule), line in runs.groupby([*names, "schedule"], sort=False):
+        lines = runs.groupby([*names, "schedule"], sort=False)
+        for ((*values, schedule), line), style in zip(lines, itertools.cycle(OTHER_STYLES)):
             both = runs[(runs[names] == values).all(axis=1)].schedule.nunique() > 1
             words = [*map(_words, names, values), _words("schedule", schedule) if both else ""]
             label = textwrap.fill(", ".join(filter(None, words)), 24, break_on_hyphens=False)
-            fresh = OTHER_STYLES[len(styles) % len(OTHER_STYLES)]
-            color, marker = styles.setdefault(label, fresh)
-            color = COLORS[values[0]] if "setting" in names else color
-            look = {"color": color, "marker": marker, "ms": 3, "lw": 1}
+            color = COLORS[values[0]] if "setting" in names else style[0]
+            look = {"color": color, "marker": style[1], "ms": 3, "lw": 1}
             look["ls"] = "-" if schedule == TrainConfig().schedule else "--"
             means = 100 * line.groupby(x).val_accuracy.mean()
             ax.plot([], [], label=label, **look)

@@ -346,7 +346,7 @@ def run_script(script, *arguments):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_at_any_moment_no_file_is_half_written(good, tmp_path):
     (tmp_path / "good.pt").write_bytes(good)
-    run_script(KILLS, tmp_path / "good.pt", tmp_path, 20)
+    run_script(KILLS, tmp_path / "good.pt", tmp_path, 30)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -266,7 +267,7 @@ def test_commands_of_the_readme_parse(command):
 def test_readme_has_a_command_to_train_and_one_to_test_each_setting():
     for name in dl.SETTINGS:
         assert f"train {name}" in COMMANDS and f"test weights/{name}.pt" in COMMANDS
-    assert "test" in COMMANDS and "search --out runs/search.csv" in COMMANDS
+    assert "test" in COMMANDS and "search" in COMMANDS
     assert len(README.splitlines()) <= 120
 
 
@@ -281,7 +282,8 @@ def results():
 @pytest.mark.parametrize("name", dl.SETTINGS)
 def test_shipped_weights_give_their_row_of_the_results(name, results, real_splits):
     checkpoint = dl.load_checkpoint(dl.checkpoint_path(ROOT / "weights", name))
-    assert checkpoint.setting == dl.SETTINGS[name] and checkpoint.config == dl.TrainConfig()
+    assert asdict(checkpoint.setting) == asdict(dl.SETTINGS[name])  # the label as well
+    assert checkpoint.config == dl.TrainConfig()
     row = results[(results.setting == name) & (results.seed == 0)].iloc[0]
     assert dl.result_row(checkpoint) == row.to_dict()
     fast = {name: real_splits[name] for name in ("val", "test")}  # .ci/run measures train as well
