@@ -466,15 +466,20 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = 
     """Write a checkpoint of plain types, whole or not at all.
 
     Raises CheckpointError where the file exists and overwrite is off, or cannot be written, or
-    where the checkpoint is that of a bare state_dict.
+    where the checkpoint could not be read again, as that of a bare state_dict.
     """
     path = Path(path)
     if checkpoint.config is None:
         raise CheckpointError("a bare state_dict has no history to save; use torch.save for it")
     try:
+        _from_bytes(data := _to_bytes(checkpoint))
+    except Exception as error:  # of a field, a type or a tensor
+        reason = f"{path} is not written, as it could not be read again: {error}"
+        raise CheckpointError(reason) from error
+    try:
         if path.exists() and not overwrite:
             raise CheckpointError(f"{path} exists already; name another file or allow overwriting")
-        _write_atomically(path, _to_bytes(checkpoint))
+        _write_atomically(path, data)
     except OSError as error:
         reason = f"{path} cannot be written ({error.strerror}); free space or name another file"
         raise CheckpointError(reason) from error
@@ -501,7 +506,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     try:
         checkpoint = _from_bytes(data)
     except Exception as error:  # whatever it is, the file is not what it should be
-        raise CheckpointError(f"{path} is not a usable checkpoint: {error}") from error
+        reason = f"{path} is not a usable checkpoint: {error}; train it again, with overwriting"
+        raise CheckpointError(reason) from error
     checkpoint.model.to(device)
     return checkpoint
 
@@ -539,8 +545,7 @@ def _from_bytes(data: bytes) -> Checkpoint:
     try:
         payload = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in any of a dozen ways
-        reason = str(error).strip().split("\n")[0][:100] or type(error).__name__
-        raise ValueError(f"it cannot be read as plain tensors ({reason})") from error
+        raise ValueError("it cannot be read as plain tensors") from error
     _require(isinstance(payload, dict), f"it holds a {type(payload).__name__}, not a checkpoint")
     if payload and all(isinstance(value, Tensor) for value in payload.values()):
         norms = [key for key in ("norm1", "norm3") if f"layers.{key}.weight" in payload]
@@ -562,7 +567,7 @@ def _from_bytes(data: bytes) -> Checkpoint:
     model = _load_model(setting, payload["state_dict"])
     _require(_digest(payload) == payload["sha256"], "its contents do not match its checksum")
     history = pd.DataFrame(payload["history"])
-    _require(list(history) == HISTORY_COLUMNS, "its history lacks columns")
+    _require(list(history) == HISTORY_COLUMNS, "its history lacks columns or has others")
     metrics = {name: Metrics(*map(float, pair)) for name, pair in payload["metrics"].items()}
     epoch, seconds = int(payload["epoch"]), float(payload["seconds"])
     return Checkpoint(model, setting, config, history, epoch, metrics, seconds)
@@ -622,7 +627,8 @@ def _require_writable(folder: Path) -> None:
 
 
 def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
-    """Add rows to a CSV file in place of those with the same keys.
+    """Add rows to a CSV file in place of those with the same keys; a file that has them as they
+    are stays as it is.
 
     Safe against other processes that add to the same file, and against interruption.
     Raises ValueError where the file is no table or lacks the keys, OSError where it cannot be
@@ -634,8 +640,11 @@ def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
         if path.exists():
             old = read_table(path, keys)
             new = set(rows[keys].itertuples(index=False, name=None))
-            kept = [key not in new for key in old[keys].itertuples(index=False, name=None)]
-            rows = pd.concat([old[kept], rows], ignore_index=True)
+            there = old[keys].apply(tuple, axis=1).isin(new)
+            same = old[there].reindex(columns=rows.columns).reset_index(drop=True)
+            if same.equals(rows.reset_index(drop=True)):
+                return
+            rows = pd.concat([old[~there], rows], ignore_index=True)
         _write_atomically(path, rows.to_csv(index=False).encode())
 
 

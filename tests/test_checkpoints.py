@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -90,7 +91,7 @@ def weights(**change):
 FC5 = "layers.fc5.bias"
 CASES = {
     "empty": (lambda good: b"", "cannot be read as plain tensors"),
-    "truncated": (lambda good: good[: len(good) // 2], "cannot be read as plain tensors"),
+    "truncated": (lambda good: good[: len(good) // 2], "cannot be read as plain tensors; train"),
     "text": (lambda good: b"accuracy: 99 %\n" * 50, "cannot be read as plain tensors"),
     "code": (lambda good: saved(Bomb()), "cannot be read as plain tensors"),
     "code, plain pickle": (lambda good: pickle.dumps(Bomb()), "cannot be read as plain tensors"),
@@ -185,7 +186,7 @@ CASES = {
     ),
     "history of other columns": (
         lambda good: rewritten(good, lambda p: p.update(history={"a": [1]})),
-        "its history lacks columns",
+        "its history lacks columns or has others",
     ),
     "weights altered": (
         lambda good: rewritten(good, weights(**{FC5: torch.zeros(10)}), sign=False),
@@ -208,7 +209,9 @@ def test_unusable_files_end_in_one_sentence(good, tmp_path, monkeypatch, capsys,
         dl.CheckpointError, match=f"bad.pt is not a usable checkpoint: .*{sentence}"
     ) as caught:
         dl.load_checkpoint(path)
-    assert "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert "\n" not in said and "\x1b" not in said and "torch.load" not in said
+    assert said.endswith("; train it again, with overwriting")
     assert dl.main(["test", str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dl_utils.py: ") and err.count("\n") == 1
@@ -234,6 +237,23 @@ def test_a_bare_state_dict_is_accepted(splits, tmp_path, name, norm_layers):
     assert dl.evaluate(bare.model, splits["val"]) == dl.evaluate(model, splits["val"])
     with pytest.raises(dl.CheckpointError, match="a bare state_dict has no history to save"):
         dl.save_checkpoint(tmp_path / "new.pt", bare)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"history": pd.DataFrame()},
+        {"history": pd.DataFrame(columns=[*dl.HISTORY_COLUMNS, "lr"])},
+        {"epoch": None},
+        {"epoch": np.int64(2)},
+        {"seconds": None},
+        {"metrics": {"val": dl.Metrics(np.float64(0.1), object())}},
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(checkpoint, tmp_path, change):
+    with pytest.raises(dl.CheckpointError, match="run.pt is not written, as it could not be read"):
+        dl.save_checkpoint(tmp_path / "run.pt", replace(checkpoint, **change))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_is_too_long_is_said(checkpoint, tmp_path):
@@ -293,7 +313,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path, confi
 # has loaded torch once and holds no other threads.
 KILLS = """
 import os, random, signal, sys, time
-import pandas as pd, dl_utils as dl
+import pandas as pd, torch, dl_utils as dl
+torch.set_num_threads(1)  # those of OpenMP would not be in a forked child
 good, folder, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 checkpoint = dl.load_checkpoint(good)
 path, table = os.path.join(folder, "run.pt"), os.path.join(folder, "rows.csv")
@@ -360,3 +381,16 @@ def test_added_rows_replace_those_of_the_same_keys_to_the_last_digit(tmp_path):
     dl.add_rows(path, pd.DataFrame({"key": [2, 3], "value": [random.random(), 5.0]}), ["key"])
     table = dl.read_table(path)
     assert list(table.key) == [1, 2, 3] and table.value[0] == value and table.value[1] != 1.0
+
+
+def test_rows_that_are_there_already_leave_the_table_as_it_is(tmp_path):
+    path, rows = tmp_path / "rows.csv", pd.DataFrame({"key": ["a", "a", "b"], "value": [1, 2, 3]})
+    dl.add_rows(path, rows, ["key"])
+    dl.read_table(path).assign(note=["mine", "too", "kept"]).to_csv(path, index=False)
+    before = path.read_bytes()
+    dl.add_rows(path, rows[rows.key == "a"], ["key"])
+    assert path.read_bytes() == before
+    dl.add_rows(path, rows[rows.key == "a"].assign(value=7), ["key"])
+    table = dl.read_table(path)
+    assert list(table.key) == ["b", "a", "a"] and list(table.value) == [3, 7, 7]
+    assert table.note[0] == "kept"
