@@ -1,9 +1,9 @@
 """LeNet-5 on Fashion-MNIST: no regularization, dropout, weight decay, batch normalization.
 
 Everything that EX1.ipynb computes is here, in reading order: settings, data, model,
-evaluation, checkpoints, training, search, theory, report, command line. Accuracies are
-fractions, losses are in nats per image, images are (N, 1, 28, 28) float32. The commands are
-listed by python dl_utils.py --help.
+evaluation, training, checkpoints, tables, many runs, search, theory, report, command line.
+Accuracies are fractions, losses are in nats per image, images are (N, 1, 28, 28) float32.
+The commands are listed by python dl_utils.py --help.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -62,15 +63,16 @@ SCHEDULES = {  # factor of the learning rate after a fraction t of all steps
     # The same after a linear rise from 0; after Smith and Topin (2019), whose momentum varies.
     "one_cycle": lambda t: t / 0.2 if t < 0.2 else 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8)),
 }
-CHOICES = {
+CHOICES = {  # of the fields of Setting and TrainConfig that are not numbers
+    "batch_norm": (False, True),
     "activation": ACTIVATIONS,
     "pooling": POOLINGS,
-    "norm_place": BLOCK_ORDERS,
     "norm_layers": ("all", "conv"),
+    "norm_place": BLOCK_ORDERS,
+    "decay_all": (False, True),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
-USES = ("weights", "batches", "dropout")  # of randomness in training
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -78,20 +80,19 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def _require_number(record, key: str, least, below=math.inf, kind=float, more=False) -> None:
-    """more: the number has to be more than the least."""
+def _check_choices(record) -> None:
+    for key in filter(vars(record).__contains__, CHOICES):
+        value, allowed = getattr(record, key), tuple(CHOICES[key])
+        names = ", ".join(map(str, allowed))
+        _require(value in allowed, f"{key} is {value!r}; expected one of {names}")
+
+
+def _check_number(record, key: str, least: float, below=math.inf, kind=float) -> None:
     value = getattr(record, key)
-    right = type(value) in (int, kind) and least <= value < below and (value > least or not more)
-    limits = f"{'>' if more else '>='} {least}" + ("" if below == math.inf else f" and < {below}")
     what = "a whole number" if kind is int else "a finite number"
+    limits = f">= {least}" + (f" and < {below}" if below < math.inf else "")
+    right = type(value) in (int, kind) and least <= value < below
     _require(right, f"{key} is {value!r}; expected {what} {limits}")
-
-
-def _require_choice(record, *keys: str) -> None:
-    for key in keys:
-        value, allowed = getattr(record, key), CHOICES.get(key, (True, False))
-        right = isinstance(value, (str, bool)) and value in tuple(allowed)
-        _require(right, f"{key} is {value!r}; expected one of {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,10 @@ class Setting:
     decay_all: bool = False
 
     def __post_init__(self):
-        for key in ("name", "label"):
-            value = getattr(self, key)
-            _require(isinstance(value, str), f"{key} is {value!r}; expected a string")
-        _require_number(self, "dropout", 0, 1)
-        _require_number(self, "weight_decay", 0)
-        _require_number(self, "lr", 0, more=True)
-        choices = "batch_norm", "activation", "pooling", "norm_layers", "norm_place", "decay_all"
-        _require_choice(self, *choices)
+        _check_number(self, "dropout", 0, 1)
+        _check_number(self, "weight_decay", 0)
+        _check_number(self, "lr", 1e-6)
+        _check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -149,12 +146,11 @@ class TrainConfig:
     schedule: str = "one_cycle"
 
     def __post_init__(self):
-        _require_number(self, "epochs", 1, kind=int)
-        _require_number(self, "batch_size", 1, kind=int)
-        # torch's generator on the CPU takes 32 bits of a seed.
-        _require_number(self, "seed", 0, 2**32 // len(USES), kind=int)
-        _require_number(self, "split_seed", 0, 2**32, kind=int)
-        _require_choice(self, "optimizer", "schedule")
+        _check_number(self, "epochs", 1, kind=int)
+        _check_number(self, "batch_size", 1, kind=int)
+        _check_number(self, "seed", 0, 2**30, kind=int)
+        _check_number(self, "split_seed", 0, 2**30, kind=int)
+        _check_choices(self)
 
 
 SETTINGS = {
@@ -228,21 +224,20 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
     Raises FileNotFoundError where files are missing and cannot be downloaded, ValueError
     where a file does not hold what Fashion-MNIST holds.
     """
-    root, parts = Path(root), []
-    raw = root / "FashionMNIST" / "raw"
-    if not all((raw / name).exists() for name in RAW_FILES):
-        try:
+    raw, parts = Path(root) / "FashionMNIST" / "raw", []
+    try:
+        if not all((raw / name).exists() for name in RAW_FILES):
             from torchvision.datasets import FashionMNIST  # slow to import
 
             raw.mkdir(parents=True, exist_ok=True)
             with FileLock(raw / ".lock"):  # other workers may find the same files missing
                 FashionMNIST(root, download=True)
-        except Exception as error:  # of the file system, of the network, of a checksum
-            reason = str(error).strip().split("\n")[-1]
-            raise FileNotFoundError(
-                f"Fashion-MNIST is not in {raw} and cannot be put there ({reason}); copy the four "
-                f"files {', '.join(f'{name}.gz' for name in RAW_FILES)} there"
-            ) from error
+    except Exception as error:  # of the file system, of the network, of a checksum
+        reason = str(error).strip().split("\n")[-1]
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not in {raw} and cannot be put there ({reason}); copy the four "
+            f"files {', '.join(f'{name}.gz' for name in RAW_FILES)} there"
+        ) from error
     for name, digest in RAW_FILES.items():
         path, mend = raw / name, "delete it, and it is made anew"
         try:
@@ -294,32 +289,33 @@ def _check_split(split: Split) -> None:
 # --------------------------------------------------------------------------------- model
 
 
-NETWORK = ("dropout", "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
-
-
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) for 28 x 28 images: (N, 1, 28, 28) to logits (N, 10).
 
-    61,706 parameters; batch normalization adds 2 for each channel or unit it normalizes.
-    A technique that is off leaves an identity in its place, so that every variant has the
-    same layer names. The arguments are the fields of Setting that NETWORK names, with its
-    defaults; ValueError for others, and for values out of range.
+    61,706 parameters; batch normalization adds 2 for each channel or unit it normalizes. The
+    arguments are those of Setting. A technique that is off leaves an identity in its place, so
+    that every variant has the same layer names.
     """
 
-    def __init__(self, dropout: float = 0.0, batch_norm: bool = False, **options):
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        activation: str = "relu",
+        pooling: str = "max",
+        norm_layers: str = "all",
+        norm_place: str = "after_activation",
+    ):
         super().__init__()
-        unknown = ", ".join(options.keys() - set(NETWORK))
-        _require(not unknown, f"LeNet5 has no {unknown}; expected some of {', '.join(NETWORK)}")
-        setting = Setting("", "", dropout=dropout, batch_norm=batch_norm, **options)
-        everywhere = batch_norm and setting.norm_layers == "all"
+        pool = POOLINGS[pooling]
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
-        norm1d = nn.BatchNorm1d if everywhere else nn.Identity
-        pool = POOLINGS[setting.pooling]
+        norm1d = nn.BatchNorm1d if batch_norm and norm_layers == "all" else nn.Identity
 
         def block(number: int, **layers: nn.Module) -> dict[str, nn.Module]:
-            layers["act"] = ACTIVATIONS[setting.activation]()
-            order = [key for key in BLOCK_ORDERS[setting.norm_place] if key in layers]
-            return {f"{key}{number}": layers[key] for key in order}
+            layers["act"] = ACTIVATIONS[activation]()
+            return {
+                f"{key}{number}": layers[key] for key in BLOCK_ORDERS[norm_place] if key in layers
+            }
 
         layers = {
             "conv1": nn.Conv2d(1, 6, kernel_size=5, padding=2),  # (N, 6, 28, 28)
@@ -343,20 +339,21 @@ class LeNet5(nn.Module):
         return self.layers(images)
 
 
+def _network(setting: Setting) -> LeNet5:
+    arguments = inspect.signature(LeNet5).parameters
+    return LeNet5(**{key: getattr(setting, key) for key in arguments})
+
+
 def _seed_of(use: str, seed: int) -> int:
-    """A seed for one of USES; no two uses of any two seeds share one."""
-    return len(USES) * seed + USES.index(use)
-
-
-def _options(setting: Setting) -> dict:
-    return {key: getattr(setting, key) for key in NETWORK}
+    """A seed for one use of randomness; no two uses of any two seeds share one."""
+    return 3 * seed + ("weights", "batches", "dropout").index(use)
 
 
 def build_model(setting: Setting, seed: int = 0) -> LeNet5:
     """LeNet-5 as the setting wants it. Settings of one seed start from the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(_seed_of("weights", seed))
-        model = LeNet5(**_options(setting))
+        model = _network(setting)
     return model.to(memory_format=torch.channels_last)  # faster, the same function
 
 
@@ -398,25 +395,23 @@ class Metrics(NamedTuple):
 EVALUATION_BATCH = 500  # images; they fit the cache
 
 
-def _logits(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> Tensor:
+def _logits(model: nn.Module, split: Split) -> Tensor:
     """(N, 10) on the CPU, in evaluation mode."""
     _check_split(split)
-    _require(batch_size >= 1, f"batch_size is {batch_size}; expected 1 or more")
     device = next(model.parameters()).device
     with _evaluation_mode(model):
-        batches = split.images.split(batch_size)
+        batches = split.images.split(EVALUATION_BATCH)
         return torch.cat([model(images.to(device)) for images in batches]).cpu()
 
 
-def evaluate(model: nn.Module, split: Split, batch_size: int = EVALUATION_BATCH) -> Metrics:
+def evaluate(model: nn.Module, split: Split) -> Metrics:
     """Loss and accuracy over a split in evaluation mode: no dropout, batch normalization by
-    its running statistics. The mode that the model was in is restored afterwards. batch_size
-    changes speed and memory alone.
+    its running statistics. The mode that the model was in is restored afterwards.
 
     Raises ValueError, as predict and confusion_matrix, for a split of other shapes, types or
-    labels, and for a batch_size below 1.
+    labels.
     """
-    logits, labels = _logits(model, split, batch_size), split.labels.cpu()
+    logits, labels = _logits(model, split), split.labels.cpu()
     loss = F.cross_entropy(logits.double(), labels).item()
     return Metrics(loss, (logits.argmax(1) == labels).sum().item() / len(labels))
 
@@ -433,14 +428,9 @@ def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
     return pd.DataFrame(counts.numpy(), index=CLASSES, columns=CLASSES)
 
 
-# ---------------------------------------------------------------- checkpoints and tables
+# ------------------------------------------------------------------------------ training
 
-CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "EX1 LeNet-5 checkpoint", 1
 HISTORY_COLUMNS = ["epoch", "split", "loss", "accuracy"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or cannot be written where it should go."""
 
 
 @dataclass
@@ -462,24 +452,128 @@ class Checkpoint:
     seconds: float | None = None
 
 
+def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
+    """The optimizer, with the L2 penalty on weights alone or, with decay_all, on everything."""
+    decayed, exempt = [], []
+    for parameter in model.parameters():
+        (decayed if setting.decay_all or parameter.ndim > 1 else exempt).append(parameter)
+    groups = [{"params": decayed, "weight_decay": setting.weight_decay}, {"params": exempt}]
+    return OPTIMIZERS[config.optimizer](groups, lr=setting.lr)
+
+
+def _check_training(setting: Setting, splits: dict[str, Split], config: TrainConfig) -> None:
+    for split in splits.values():
+        _check_split(split)
+    size, count = config.batch_size, len(splits["train"].labels)
+    _require(size <= count, f"batch_size is {size}; expected at most the {count} images there are")
+    normalizes_units = setting.batch_norm and setting.norm_layers == "all"
+    _require(
+        not normalizes_units or 1 not in (size, count % size),
+        f"batch_size {size} leaves a batch of one image, which batch normalization cannot use; "
+        "choose another",
+    )
+
+
+@contextlib.contextmanager
+def _reproducibly(device: torch.device):
+    """One thread, and random numbers that leave the global generator alone: the same bits
+    whatever the number of cores, and no crowding among workers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_TRAINING = threading.Lock()  # the generator and the number of threads belong to the process
+
+
+def train(
+    setting: Setting,
+    splits: dict[str, Split],
+    config: TrainConfig,
+    *,
+    device: str | torch.device | None = None,
+    measure: tuple[str, ...] | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Checkpoint:
+    """Train one setting from scratch and keep the first epoch of highest validation accuracy.
+
+    splits must hold "train" and "val". After every epoch val and what measure names (by default
+    all of splits) are measured in evaluation mode; other splits are not touched. device: by
+    default the one of find_device. progress is called without arguments after every epoch.
+    On the CPU training runs on one thread and gives the same bits every time; calls from several
+    threads wait for each other.
+    Raises ValueError for splits, a batch size or a device that cannot be trained on, and when
+    the loss stops being finite.
+    """
+    device = find_device(device)
+    measure = dict.fromkeys([*(splits if measure is None else measure), "val"])
+    needed = dict.fromkeys(["train", *measure])
+    names = f"expected splits named {', '.join(needed)}; found {', '.join(splits)}"
+    _require(needed.keys() <= splits.keys(), names)
+    splits = {name: splits[name].to(device) for name in needed}
+    _check_training(setting, splits, config)
+    rows, kept, start = [], None, time.perf_counter()
+    with _TRAINING, _reproducibly(device):
+        model = build_model(setting, config.seed).to(device)
+        optimizer = make_optimizer(model, setting, config)
+        steps = config.epochs * math.ceil(len(splits["train"].labels) / config.batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: SCHEDULES[config.schedule](step / steps)
+        )
+        batch_order = torch.Generator().manual_seed(_seed_of("batches", config.seed))
+        torch.manual_seed(_seed_of("dropout", config.seed))
+        for epoch in range(1, config.epochs + 1):
+            model.train()
+            for images, labels in minibatches(splits["train"], config.batch_size, batch_order):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+                schedule.step()
+            metrics = {name: evaluate(model, splits[name]) for name in measure}
+            rows += [(epoch, name, *values) for name, values in metrics.items()]
+            _require(
+                math.isfinite(metrics["val"].loss),
+                f"training diverged in epoch {epoch}: the validation loss is "
+                f"{metrics['val'].loss}; choose a lower learning rate",
+            )
+            if kept is None or metrics["val"].accuracy > kept.metrics["val"].accuracy:
+                kept = Checkpoint(
+                    copy.deepcopy(model), setting, config, epoch=epoch, metrics=metrics
+                )
+            if progress:
+                progress()
+    kept.model.eval()
+    kept.history = pd.DataFrame(rows, columns=HISTORY_COLUMNS)
+    kept.seconds = round(time.perf_counter() - start, 1)
+    return kept
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "EX1 LeNet-5 checkpoint", 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or cannot be written where it should go."""
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = False) -> None:
     """Write a checkpoint of plain types, whole or not at all.
 
-    Raises CheckpointError where the file exists and overwrite is off, or cannot be written, or
-    where the checkpoint could not be read again, as that of a bare state_dict.
+    Raises CheckpointError where the file exists and overwrite is off, where it cannot be
+    written, and for a bare state_dict.
     """
     path = Path(path)
     if checkpoint.config is None:
         raise CheckpointError("a bare state_dict has no history to save; use torch.save for it")
     try:
-        _from_bytes(data := _to_bytes(checkpoint))
-    except Exception as error:  # of a field, a type or a tensor
-        reason = f"{path} is not written, as it could not be read again: {error}"
-        raise CheckpointError(reason) from error
-    try:
         if path.exists() and not overwrite:
             raise CheckpointError(f"{path} exists already; name another file or allow overwriting")
-        _write_atomically(path, data)
+        _write_atomically(path, _to_bytes(checkpoint))
     except OSError as error:
         reason = f"{path} cannot be written ({error.strerror}); free space or name another file"
         raise CheckpointError(reason) from error
@@ -496,15 +590,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     """
     device = find_device(device)
     try:
-        data = Path(path).read_bytes()
+        checkpoint = _from_bytes(Path(path).read_bytes())
     except FileNotFoundError as error:
         reason = f"{path} does not exist; expected a checkpoint that train saved"
         raise FileNotFoundError(reason) from error
     except OSError as error:
         reason = f"{path} cannot be read ({error.strerror}); expected a checkpoint file"
         raise CheckpointError(reason) from error
-    try:
-        checkpoint = _from_bytes(data)
     except Exception as error:  # whatever it is, the file is not what it should be
         reason = f"{path} is not a usable checkpoint: {error}; train it again, with overwriting"
         raise CheckpointError(reason) from error
@@ -552,18 +644,19 @@ def _from_bytes(data: bytes) -> Checkpoint:
         layers = "conv" if norms == ["norm1"] else "all"
         bare = Setting("state_dict", "Weights", batch_norm=bool(norms), norm_layers=layers)
         return Checkpoint(_load_model(bare, payload), bare)
-    known = payload.get("format") == CHECKPOINT_FORMAT
+    known, version = payload.get("format") == CHECKPOINT_FORMAT, payload.get("version")
     _require(known, "it was not saved by save_checkpoint")
-    version = payload.get("version")
-    _require(
-        version == CHECKPOINT_VERSION,
-        f"it is of format version {version}, this program reads {CHECKPOINT_VERSION}",
-    )
+    reads = f"it is of format version {version}, this program reads {CHECKPOINT_VERSION}"
+    _require(version == CHECKPOINT_VERSION, reads)
     parts = {"setting", "config", "history", "epoch", "metrics", "seconds", "state_dict", "sha256"}
-    missing = parts - payload.keys()
-    _require(not missing, f"it lacks {', '.join(sorted(missing))}")
-    setting = _read_fields(Setting, payload["setting"], "setting")
-    config = _read_fields(TrainConfig, payload["config"], "config")
+    missing = ", ".join(sorted(parts - payload.keys()))
+    _require(not missing, f"it lacks {missing}")
+    records = {"setting": Setting, "config": TrainConfig}
+    for name, kind in records.items():
+        found = payload[name] if isinstance(payload[name], dict) else {}
+        wrong = sorted(map(str, {f.name for f in fields(kind)} ^ found.keys()))
+        _require(not wrong, f"its {name} lacks, or has unknown, {', '.join(wrong)}")
+    setting, config = (kind(**payload[name]) for name, kind in records.items())
     model = _load_model(setting, payload["state_dict"])
     _require(_digest(payload) == payload["sha256"], "its contents do not match its checksum")
     history = pd.DataFrame(payload["history"])
@@ -573,17 +666,10 @@ def _from_bytes(data: bytes) -> Checkpoint:
     return Checkpoint(model, setting, config, history, epoch, metrics, seconds)
 
 
-def _read_fields(kind, values, name: str):
-    _require(isinstance(values, dict), f"its {name} is a {type(values).__name__}, not a dict")
-    wrong = {f.name for f in fields(kind)} ^ values.keys()
-    _require(not wrong, f"its {name} lacks, or has unknown, {', '.join(map(str, wrong))}")
-    return kind(**values)
-
-
 def _load_model(setting: Setting, weights: dict[str, Tensor]) -> LeNet5:
     _require(isinstance(weights, dict), f"its weights are a {type(weights).__name__}, not a dict")
     with torch.device("meta"):  # shapes without memory, and without drawing weights
-        model = LeNet5(**_options(setting))
+        model = _network(setting)
     expected = model.state_dict()
     wrong = sorted(map(str, expected.keys() ^ weights.keys()))
     _require(not wrong, f"it is of another network: it lacks, or has unknown, {', '.join(wrong)}")
@@ -616,14 +702,27 @@ def _write_atomically(path: Path, data: bytes) -> None:
         Path(part).unlink(missing_ok=True)
 
 
-def _require_writable(folder: Path) -> None:
-    """Make the folder, and find out before hours of training that nothing can be saved in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"{folder} cannot be written to ({error.strerror}); choose another folder"
-        raise ValueError(reason) from error
+def reevaluate(checkpoint: Checkpoint, splits: dict[str, Split], recorded=None) -> pd.DataFrame:
+    """Measure a checkpoint again: one row per split with the images in it, the accuracy that
+    was recorded (split to fraction; by default the checkpoint's own), the one measured now,
+    and whether they agree: at most one image differs, as rounding may on another processor.
+    Where nothing was recorded they do not.
+    """
+    if recorded is None:
+        recorded = {name: metrics.accuracy for name, metrics in checkpoint.metrics.items()}
+    rows = []
+    for name, split in splits.items():
+        accuracy = evaluate(checkpoint.model, split).accuracy
+        rows.append((name, len(split.labels), recorded.get(name, math.nan), accuracy))
+    table = pd.DataFrame(rows, columns=["split", "images", "recorded", "measured"])
+    table["agrees"] = (table.recorded - table.measured).abs() * table.images < 1.5
+    return table
+
+
+# ------------------------------------------------------------- tables, and many runs
+
+ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
+RUN = ["setting", "seed"]  # what tells the runs in results.csv and history.csv apart
 
 
 def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
@@ -651,143 +750,23 @@ def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
 def read_table(path: str | Path, columns=()) -> pd.DataFrame:
     """Read a CSV file of add_rows, floats to the last digit.
 
-    Raises FileNotFoundError where there is none, ValueError where it is no table or lacks
-    columns.
+    Raises FileNotFoundError where there is none, ValueError where it is no table, lacks
+    columns, or has text in place of accuracies.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a table that this program wrote")
+    types = {"setting": str} | dict.fromkeys(ACCURACIES, float)
+    options = {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
+    mend = "move it out of the way, or name another file"
     try:
-        text = {"dtype": {"setting": str}, "keep_default_na": False, "na_values": [""]}
-        table = pd.read_csv(path, float_precision="round_trip", **text)
-    except ValueError as error:  # empty, ragged or binary
-        reason = f"{path} is not a table ({str(error).strip()}); move it out of the way"
-        raise ValueError(reason) from error
-    missing = [column for column in columns if column not in table]
-    _require(not missing, f"{path} lacks the columns {', '.join(missing)}; move it out of the way")
+        table = pd.read_csv(path, dtype=types, **options)
+    except FileNotFoundError as error:
+        reason = f"{path} does not exist; expected a table that this program wrote"
+        raise FileNotFoundError(reason) from error
+    except (OSError, ValueError) as error:  # a folder, not ours to read, empty, ragged, binary
+        reason = getattr(error, "strerror", None) or str(error).strip()
+        raise ValueError(f"{path} is not a table ({reason}); {mend}") from error
+    missing = ", ".join(column for column in columns if column not in table)
+    _require(not missing, f"{path} lacks the columns {missing}; {mend}")
     return table
-
-
-def reevaluate(checkpoint: Checkpoint, splits: dict[str, Split], recorded=None) -> pd.DataFrame:
-    """Measure a checkpoint again: one row per split with the images in it, the accuracy that
-    was recorded (split to fraction; by default the checkpoint's own), the one measured now,
-    and whether they agree: at most one image differs, as rounding may on another processor.
-    Where nothing was recorded they do not.
-    """
-    if recorded is None:
-        recorded = {name: metrics.accuracy for name, metrics in checkpoint.metrics.items()}
-    rows = []
-    for name, split in splits.items():
-        accuracy = evaluate(checkpoint.model, split).accuracy
-        rows.append((name, len(split.labels), recorded.get(name, math.nan), accuracy))
-    table = pd.DataFrame(rows, columns=["split", "images", "recorded", "measured"])
-    table["agrees"] = (table.recorded - table.measured).abs() * table.images < 1.5
-    return table
-
-
-# ------------------------------------------------------------------------------ training
-
-
-@contextlib.contextmanager
-def _one_thread():
-    """One thread: the same bits whatever the number of cores, and no crowding in workers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
-    """The optimizer, with the L2 penalty on weights alone or, with decay_all, on everything."""
-    decayed, exempt = [], []
-    for parameter in model.parameters():
-        (decayed if setting.decay_all or parameter.ndim > 1 else exempt).append(parameter)
-    groups = [{"params": decayed, "weight_decay": setting.weight_decay}, {"params": exempt}]
-    return OPTIMIZERS[config.optimizer](groups, lr=setting.lr)
-
-
-def _splits_to_train_on(splits, measure, setting: Setting, batch_size: int) -> dict[str, Split]:
-    """Those named train and in measure, checked against what batches of that size need."""
-    needed = dict.fromkeys(("train", "val", *measure))
-    found = ", ".join(splits)
-    _require({*needed} <= {*splits}, f"expected splits named {', '.join(needed)}; found {found}")
-    _require("val" in measure, f"measure is {', '.join(measure)}; expected val among them")
-    splits = {name: splits[name] for name in needed}
-    for split in splits.values():
-        _check_split(split)
-    normalizes_units = setting.batch_norm and setting.norm_layers == "all"
-    count = len(splits["train"].labels)
-    sentence = f"batch_size is {batch_size}; expected at most the {count} images there are"
-    _require(batch_size <= count, sentence)
-    _require(
-        not normalizes_units or 1 not in (batch_size, count % batch_size),
-        f"batch_size {batch_size} leaves a batch of one image, which batch normalization cannot "
-        "use; choose another",
-    )
-    return splits
-
-
-def train(
-    setting: Setting,
-    splits: dict[str, Split],
-    config: TrainConfig,
-    *,
-    device: str | torch.device | None = None,
-    measure: tuple[str, ...] | None = None,
-    progress: Callable[[], None] | None = None,
-) -> Checkpoint:
-    """Train one setting from scratch and keep the first epoch of highest validation accuracy.
-
-    splits must hold "train" and "val"; after every epoch all of them, or those named in
-    measure, val among them, are measured in evaluation mode, and no others are touched. device:
-    by default the one of find_device. progress is called without arguments after every epoch.
-    On the CPU training runs on one thread and gives the same bits every time.
-    Raises ValueError for splits, a batch size or a device that cannot be trained on, and when
-    the loss stops being finite.
-    """
-    device = find_device(device)
-    measure = tuple(splits) if measure is None else measure
-    splits = _splits_to_train_on(splits, measure, setting, config.batch_size)
-    splits = {name: split.to(device) for name, split in splits.items()}
-    rows, kept, start = [], None, time.perf_counter()
-    with _one_thread(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model = build_model(setting, config.seed).to(device)
-        optimizer = make_optimizer(model, setting, config)
-        steps = config.epochs * math.ceil(len(splits["train"].labels) / config.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: SCHEDULES[config.schedule](step / steps)
-        )
-        batch_order = torch.Generator().manual_seed(_seed_of("batches", config.seed))
-        torch.manual_seed(_seed_of("dropout", config.seed))
-        for epoch in range(1, config.epochs + 1):
-            model.train()
-            for images, labels in minibatches(splits["train"], config.batch_size, batch_order):
-                optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
-                optimizer.step()
-                schedule.step()
-            metrics = {name: evaluate(model, splits[name]) for name in measure}
-            rows += [(epoch, name, *values) for name, values in metrics.items()]
-            _require(
-                math.isfinite(metrics["val"].loss),
-                f"training diverged in epoch {epoch}: the validation loss is "
-                f"{metrics['val'].loss}; choose a lower learning rate",
-            )
-            if kept is None or metrics["val"].accuracy > kept.metrics["val"].accuracy:
-                kept = Checkpoint(
-                    copy.deepcopy(model), setting, config, epoch=epoch, metrics=metrics
-                )
-            if progress:
-                progress()
-    kept.model.eval()
-    kept.history = pd.DataFrame(rows, columns=HISTORY_COLUMNS)
-    kept.seconds = round(time.perf_counter() - start, 1)
-    return kept
-
-
-_TRAINING = threading.Lock()  # torch's generator and number of threads belong to the process
-_load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
 
 
 def train_many(
@@ -802,18 +781,19 @@ def train_many(
 ) -> list[Checkpoint | Exception]:
     """Train independent (setting, config) jobs in parallel, with one progress bar.
 
-    executor: any concurrent.futures.Executor; by default processes, as many as workers says,
-        or as there are cores, or one on a GPU.
+    executor: any concurrent.futures.Executor; by default processes of this machine.
+    workers: how many of these; by default as many as there are cores, one on a GPU.
     splits: the data; by default each worker reads Fashion-MNIST from root, once.
-    measure: as in train; training then sees no other splits than these and train.
-    on_finish: called in this process with each Checkpoint as soon as it is there.
+    measure: as in train; training then sees no other splits than these, train and val.
+    on_finish: called in this process with each Checkpoint as soon as it is there; what it raises
+        is a failure of the job.
 
     Returns the checkpoints in the order of jobs. A job that fails is reported at once, the
-    others go on (unless a process is killed), and its place in the list holds the exception.
+    others go on, and its place in the list holds the exception.
     Processes are spawned: a script calls this under if __name__ == "__main__". An interrupt
-    cancels the jobs not yet begun. Raises ValueError for workers below 1 and, with the
-    processes of this machine, what load_fashion_mnist raises; with another executor that is a
-    failure of the jobs.
+    cancels the jobs not yet begun, and ends those that processes of this machine run.
+    Raises ValueError for workers below 1 and, with the processes of this machine, what
+    load_fashion_mnist raises; with another executor that is a failure of the jobs.
     """
     _require(workers is None or workers >= 1, f"workers is {workers}; expected 1 or more")
     jobs, results = list(jobs), {}
@@ -852,19 +832,20 @@ def train_many(
     return [results[index] for index in range(len(jobs))]
 
 
+_load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
+
+
 def _run_job(job, splits, root, measure, epochs_file) -> bytes:
-    setting, config = job
+    setting, config = job  # bytes come back from any process or machine as they went
 
     def progress():
         if epochs_file:
             with open(epochs_file, "ab") as file:
                 file.write(b".")  # one byte per epoch: its size is the progress
 
-    with _TRAINING:
-        if splits is None:
-            splits = _load_once(root, config.split_seed)
-        checkpoint = train(setting, splits, config, measure=measure, progress=progress)
-    return _to_bytes(checkpoint)
+    if splits is None:
+        splits = _load_once(root, config.split_seed)
+    return _to_bytes(train(setting, splits, config, measure=measure, progress=progress))
 
 
 @contextlib.contextmanager
@@ -920,6 +901,16 @@ def result_row(checkpoint: Checkpoint) -> dict:
     return row | {"seconds": checkpoint.seconds}
 
 
+def _require_writable(folder: Path) -> None:
+    """Make the folder, and find out before hours of training that nothing can be saved in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{folder} cannot be written to ({error.strerror}); choose another folder"
+        raise ValueError(reason) from error
+
+
 def train_and_save(
     jobs, folder: str | Path = "runs", overwrite: bool = False, **options
 ) -> list[Checkpoint | Exception]:
@@ -940,13 +931,13 @@ def train_and_save(
     _require_writable(folder)
     for name in ("results.csv", "history.csv"):
         if (folder / name).exists():
-            read_table(folder / name, ["setting", "seed"])
+            read_table(folder / name, RUN)
 
     def record(run: Checkpoint) -> None:
-        row, keys = result_row(run), ["setting", "seed"]
-        history = run.history.assign(setting=row["setting"], seed=row["seed"])
-        add_rows(folder / "history.csv", history[keys + HISTORY_COLUMNS], keys)
-        add_rows(folder / "results.csv", pd.DataFrame([row]), keys)
+        row = result_row(run)
+        history = run.history.assign(**{key: row[key] for key in RUN})
+        add_rows(folder / "history.csv", history[RUN + HISTORY_COLUMNS], RUN)
+        add_rows(folder / "results.csv", pd.DataFrame([row]), RUN)
 
     def save(run: Checkpoint) -> None:
         save_checkpoint(paths[run.setting, run.config], run, overwrite)
@@ -969,16 +960,7 @@ def train_and_save(
 
 # -------------------------------------------------------------------------------- search
 
-
-# fmt: off
-# Every value is written here, so that the plan does not move with the defaults.
-SEARCH_START = (
-    Setting("start", "Start", dropout=0.0, weight_decay=0.0, batch_norm=False, lr=0.08,
-            activation="relu", pooling="max", norm_layers="all", norm_place="after_activation",
-            decay_all=False),
-    TrainConfig(epochs=16, batch_size=128, seed=0, split_seed=0, optimizer="sgd",
-                schedule="one_cycle"),
-)
+SEARCH_FILE = "weights/search.csv"
 QUESTIONS = {  # what is on the axis of the panel, and what tells its lines apart
     "Activation and pooling": ("lr", ["activation", "pooling"]),
     "Batch size": ("lr", ["batch_size", "optimizer"]),
@@ -990,144 +972,50 @@ QUESTIONS = {  # what is on the axis of the panel, and what tells its lines apar
     "L2 coefficient": ("weight_decay", ["epochs", "decay_all"]),
     "All three together": ("weight_decay", ["epochs", "dropout", "decay_all"]),
 }
-# fmt: on
+SEARCH_COLUMNS = ["setting", *(f.name for f in (*fields(Setting)[2:], *fields(TrainConfig)))]
+SEARCH_COLUMNS.remove("split_seed")  # it is the same in all of the search
 
 
 def _search_row(setting: Setting, config: TrainConfig) -> dict:
     row = {"setting": setting.name, **asdict(setting), **asdict(config)}
-    return {key: row[key] for key in row if key not in ("name", "label", "split_seed")}
+    return {key: row[key] for key in SEARCH_COLUMNS}
 
 
-SEARCH_COLUMNS = list(_search_row(*SEARCH_START))
-
-
-class Study:
-    """A part of the search: every combination of the values in grid, for each seed.
-
-    question: the panel of plot_search that shows it. The keys of grid are those of
-    SEARCH_COLUMNS but setting and seed; what it leaves out is as in SEARCH_START.
-    Raises ValueError for another key, or a question that no panel shows.
-    """
-
-    def __init__(self, question: str, setting: str, seeds: tuple[int, ...] = (0,), **grid: tuple):
-        _require(question in QUESTIONS, f"no panel shows the question {question!r}")
-        unknown = ", ".join(grid.keys() - set(SEARCH_COLUMNS) | grid.keys() & {"seed"})
-        _require(not unknown, f"a study cannot vary {unknown}")
-        self.question, self.setting, self.seeds, self.grid = question, setting, seeds, grid
-
-    def jobs(self) -> list[tuple[Setting, TrainConfig]]:
-        (start, config), jobs = SEARCH_START, []
-        for *values, seed in itertools.product(*self.grid.values(), self.seeds):
-            rest = dict(zip(self.grid, values))
-            own = {key: rest.pop(key) for key in self.grid if hasattr(start, key)}
-            setting = replace(start, name=self.setting, **own)
-            jobs.append((setting, replace(config, seed=seed, **rest)))
-        return jobs
-
-
-# fmt: off
-FIRST_LOOK = {"epochs": (12,), "schedule": ("cosine",)}
-NORM = {"batch_norm": (True,)}
-SEARCH = (
-    Study("Activation and pooling", "baseline", activation=("relu", "tanh"),
-          pooling=("max", "average"), lr=(0.01, 0.04), batch_size=(64,), **FIRST_LOOK),
-    Study("Activation and pooling", "baseline", (0, 2), activation=("tanh",), epochs=(12,)),
-    Study("Batch size", "baseline", batch_size=(64,), lr=(0.01, 0.02, 0.04, 0.08), **FIRST_LOOK),
-    Study("Batch size", "baseline", batch_size=(128,), lr=(0.02, 0.04, 0.08), **FIRST_LOOK),
-    Study("Batch size", "baseline", batch_size=(256,), lr=(0.04, 0.08), **FIRST_LOOK),
-    Study("Batch size", "baseline", batch_size=(64,), optimizer=("adam",), lr=(0.001,),
-          **FIRST_LOOK),
-    Study("Optimizer and schedule", "baseline", lr=(0.02, 0.08), **FIRST_LOOK),
-    Study("Optimizer and schedule", "baseline", (0, 1, 2), lr=(0.04,), **FIRST_LOOK),
-    Study("Optimizer and schedule", "baseline", optimizer=("adam",),
-          lr=(0.0005, 0.001, 0.002, 0.004, 0.008), **FIRST_LOOK),
-    Study("Optimizer and schedule", "baseline", (1, 2), optimizer=("adam",), lr=(0.002,),
-          **FIRST_LOOK),
-    Study("Optimizer and schedule", "baseline", (0, 2), lr=(0.04,), epochs=(12,)),
-    Study("Optimizer and schedule", "baseline", (0, 1, 2), lr=(0.08,), epochs=(12,)),
-    Study("Optimizer and schedule", "batch_norm", optimizer=("adam",), lr=(0.002, 0.004),
-          **NORM, **FIRST_LOOK),
-    Study("Optimizer and schedule", "batch_norm", lr=(0.04,), **NORM, **FIRST_LOOK),
-    Study("Optimizer and schedule", "batch_norm", epochs=(12,), **NORM),
-    Study("Place of batch normalization", "batch_norm", norm_place=tuple(BLOCK_ORDERS),
-          norm_layers=("all", "conv"), lr=(0.04,), **NORM, **FIRST_LOOK),
-    Study("Number of epochs", "baseline", epochs=(12, 20, 30), lr=(0.04,), schedule=("cosine",)),
-    Study("Number of epochs", "baseline", (0, 1, 2), epochs=(12, 16)),
-    Study("Number of epochs", "baseline", epochs=(24,)),
-    Study("Number of epochs", "dropout", dropout=(0.1,), epochs=(16, 32)),
-    Study("Number of epochs", "weight_decay", (0, 1, 2), weight_decay=(0.001,), epochs=(16, 32)),
-    Study("Number of epochs", "weight_decay", weight_decay=(0.001,), epochs=(48,)),
-    Study("Number of epochs", "batch_norm", epochs=(8,), **NORM),
-    Study("Number of epochs", "batch_norm", (0, 1, 2), epochs=(12, 16), **NORM),
-    Study("Number of epochs", "combined", dropout=(0.1,), weight_decay=(0.001,),
-          epochs=(16, 32), **NORM),
-    Study("Learning rate", "baseline", (0, 1, 2), lr=(0.04, 0.08)),
-    Study("Learning rate", "baseline", lr=(0.16,)),
-    Study("Learning rate", "dropout", dropout=(0.1,), lr=(0.04, 0.08, 0.16)),
-    Study("Learning rate", "weight_decay", weight_decay=(0.001,), lr=(0.04, 0.08, 0.16)),
-    Study("Learning rate", "batch_norm", lr=(0.04, 0.16, 0.32), **NORM),
-    Study("Learning rate", "batch_norm", (0, 1, 2), lr=(0.08,), **NORM),
-    Study("Learning rate", "combined", dropout=(0.1,), weight_decay=(0.001,),
-          lr=(0.02, 0.16), **NORM),
-    Study("Learning rate", "combined", (0, 1, 2), dropout=(0.1,), weight_decay=(0.001,),
-          lr=(0.04, 0.08), **NORM),
-    Study("Dropout probability", "dropout", dropout=(0.1, 0.2, 0.3, 0.5), lr=(0.04,),
-          epochs=(20,), schedule=("cosine",)),
-    Study("Dropout probability", "dropout", dropout=(0.1, 0.2, 0.3)),
-    Study("Dropout probability", "dropout", (1, 2), dropout=(0.1, 0.2)),
-    Study("Dropout probability", "dropout", (0, 1, 2), dropout=(0.05,)),
-    Study("Dropout probability", "dropout", dropout=(0.1, 0.2), epochs=(32,)),
-    Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002, 0.004),
-          lr=(0.04,), epochs=(20,), schedule=("cosine",)),
-    Study("L2 coefficient", "weight_decay", weight_decay=(0.0005, 0.001, 0.002)),
-    Study("L2 coefficient", "weight_decay", weight_decay=(0.001,), decay_all=(True,)),
-    Study("L2 coefficient", "weight_decay", weight_decay=(0.001, 0.002), epochs=(32,)),
-    Study("All three together", "combined", dropout=(0.05, 0.1, 0.2),
-          weight_decay=(0.0005, 0.001, 0.002), **NORM),
-    Study("All three together", "combined", (1,), dropout=(0.2,), weight_decay=(0.001,), **NORM),
-    Study("All three together", "combined", (0, 1), dropout=(0.0,), weight_decay=(0.001,), **NORM),
-    Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.001,),
-          decay_all=(True,), **NORM),
-    Study("All three together", "combined", dropout=(0.1, 0.2), weight_decay=(0.001, 0.002),
-          epochs=(32,), **NORM),
-    Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.004,),
-          epochs=(32,), **NORM),
-    Study("All three together", "combined", (1, 2), dropout=(0.1,), weight_decay=(0.002,),
-          epochs=(32,), **NORM),
-    Study("All three together", "combined", dropout=(0.1,), weight_decay=(0.002,),
-          epochs=(48,), **NORM),
-)
-# fmt: on
-
-
-def _search_keys(table: pd.DataFrame, but: tuple[str, ...] = ()) -> list[tuple]:
-    columns = [column for column in SEARCH_COLUMNS if column not in but]
-    return list(table[columns].itertuples(index=False, name=None))
+def _search_job(row: dict) -> tuple[Setting, TrainConfig]:
+    parts = [
+        {f.name: row[f.name] for f in fields(kind) if f.name in row}
+        for kind in (Setting, TrainConfig)
+    ]
+    return Setting(row["setting"], row["setting"], **parts[0]), TrainConfig(**parts[1])
 
 
 def search(
-    path: str | Path = "weights/search.csv", plan=SEARCH, executor=None, **options
+    path: str | Path = SEARCH_FILE, plan: str | Path = SEARCH_FILE, executor=None, **options
 ) -> pd.DataFrame:
     """Run what is missing of the search and add each finished run to the table at path.
 
-    Only the train and val splits reach training. options go to train_many.
-    Returns the table: SEARCH_COLUMNS, val_accuracy (of the best epoch), seconds.
-    Raises ValueError, before any run, where the folder cannot be written to or the table cannot
-    be read, and at the end if a run failed (the others are in the table); and what train_many
-    raises.
+    plan: a table with the same columns, one row for each run to make: the questions that it
+    helps to answer, keys of QUESTIONS, and SEARCH_COLUMNS. A run is missing where path has no
+    val_accuracy (of the best epoch) for it. Only the train and val splits reach training.
+    options go to train_many. Returns the table.
+    Raises ValueError, before any run, where the folder cannot be written to or a table cannot
+    be read or used, and at the end if a run failed (the others are in the table); and what
+    train_many raises.
     """
-    _require_writable(Path(path).parent)
-    done = set()
+    done = {}
     if Path(path).exists():
-        done = set(_search_keys(read_table(path, SEARCH_COLUMNS)))
-    jobs = {tuple(_search_row(*job).values()): job for study in plan for job in study.jobs()}
+        table = read_table(path, [*SEARCH_COLUMNS, "val_accuracy"])
+        done = {_search_job(row) for row in table.dropna(subset="val_accuracy").to_dict("records")}
+    rows = read_table(plan, ["questions", *SEARCH_COLUMNS]).to_dict("records")
+    plan = {_search_job(row): row["questions"] for row in rows}
+    _require_writable(Path(path).parent)
 
     def record(run: Checkpoint) -> None:
-        row = _search_row(run.setting, run.config)
+        row = {"questions": plan[run.setting, run.config], **_search_row(run.setting, run.config)}
         row |= {"val_accuracy": run.metrics["val"].accuracy, "seconds": run.seconds}
         add_rows(path, pd.DataFrame([row]), SEARCH_COLUMNS)
 
-    missing = [job for key, job in jobs.items() if key not in done]
+    missing = [job for job in plan if job not in done]
     runs = train_many(missing, executor, measure=("val",), on_finish=record, **options)
     failed = sum(isinstance(run, Exception) for run in runs)
     _require(not failed, f"{failed} of {len(runs)} runs failed; the others are in {path}")
@@ -1192,7 +1080,6 @@ MUTED = "#332288 #CC6677 #999933 #44AA99 #882255 #88CCEE #117733 #DDCC77"
 OTHER_STYLES = tuple(zip(MUTED.split(), "os^Dv*PX"))
 # 97.5 % quantile of Student's t for 1 to 9 degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
 MEASURES = {**ACCURACIES, "gap": "gap"}  # columns of results.csv, and train minus test
 
 
@@ -1253,12 +1140,10 @@ def settings_table() -> pd.DataFrame:
 
 
 def summary_table(results: pd.DataFrame, seed: int = 0, names=tuple(SETTINGS)) -> pd.DataFrame:
-    """The final train and test accuracy of one seed of each setting in names, in percent.
-    Raises ValueError where one of them has runs, but not of that seed."""
+    """The final train and test accuracy of one seed of each setting in names, in percent."""
     rows = []
     for name, runs in _runs_by_setting(results).items():
         if name in names:
-            _require(seed in runs.index, f"{name} has no run of seed {seed}")
             row = {"setting": SETTINGS[name].label, "train %": percent(runs.train_accuracy[seed])}
             rows.append(row | {"test %": percent(runs.test_accuracy[seed])})
     return pd.DataFrame(rows)
@@ -1284,11 +1169,8 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Mean over the seeds of the difference between two settings, and the half width of its
     95 % interval by Student's t (NaN for one seed), both as fractions. For more than 10 seeds
-    the interval is that of 9 degrees of freedom, a little too wide. Raises ValueError where
-    results lack one of the two."""
+    the interval is that of 9 degrees of freedom, a little too wide."""
     runs = _runs_by_setting(results)
-    known = {setting, other} <= runs.keys()
-    _require(known, f"expected runs of {setting} and {other}; found {', '.join(runs)}")
     pairs = (runs[setting][column] - runs[other][column]).dropna()
     count = len(pairs)
     half = T_975[min(count, 10) - 2] * pairs.std() / math.sqrt(count) if count > 1 else math.nan
@@ -1297,7 +1179,7 @@ def paired_difference(
 
 def difference_table(results: pd.DataFrame) -> pd.DataFrame:
     """Differences of every setting to no regularization, paired by seed, in points with 95 %
-    intervals. Raises ValueError where there are no runs without regularization."""
+    intervals."""
     rows = []
     for name in _runs_by_setting(results):
         if name != "baseline":
@@ -1326,7 +1208,6 @@ def _panels(axes, count: int, columns: int, height: float, width: float = 7, **o
         figure = Figure(figsize=(width, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
     axes = [axes] if hasattr(axes, "plot") else list(getattr(axes, "flat", axes))
-    _require(len(axes) >= count, f"found {len(axes)} axes; expected one for each of {count} panels")
     for ax in axes[count:]:
         ax.set_axis_off()
     return axes[0].figure, axes[:count]
@@ -1350,11 +1231,9 @@ def _show_image(ax, image: Tensor, title: str) -> None:
 
 
 def plot_examples(split: Split, axes=None):
-    """The first image of each class, on ten axes. Returns the figure, as all plots do, and
-    raises ValueError for too few axes, as all plots do, or a class without an image."""
+    """The first image of each class, on ten axes. Returns the figure, as all plots do."""
     figure, axes = _panels(axes, len(CLASSES), 5, 1.55)
     for label, ax in enumerate(axes):
-        _require(label in split.labels, f"the split has no image of class {label}")
         first = int((split.labels == label).nonzero()[0])
         _show_image(ax, split.images[first], f"{label} {CLASSES[label]}")
     return figure
@@ -1391,12 +1270,8 @@ def plot_architecture(model: LeNet5, axes=None):
     return figure
 
 
-def _names_in(history: pd.DataFrame, names=None) -> list[str]:
-    """The settings to show, by default all there are, checked to be in history."""
-    names = names or [name for name in SETTINGS if name in set(history.setting)]
-    missing = {*names} - {*history.setting} | {"train", "val", "test"} - {*history.split}
-    _require(not missing, f"the history lacks {', '.join(sorted(missing))}")
-    return names
+def _settings_in(history: pd.DataFrame) -> list[str]:
+    return [name for name in SETTINGS if name in set(history.setting)]
 
 
 def plot_convergence(history: pd.DataFrame, axes=None, names=None):
@@ -1404,9 +1279,8 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     line, all seeds from least to greatest as a band, the epoch kept by validation as a dot.
 
     history: the table history.csv. names: of the settings to show, by default all there are.
-    Raises ValueError where history lacks a setting or a split.
     """
-    names = _names_in(history, names)
+    names = names or _settings_in(history)
     figure, axes = _panels(axes, len(names), 2, 2.3, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
@@ -1428,16 +1302,12 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
 
 def plot_means(history: pd.DataFrame, axes=None):
     """Means over the seeds after each epoch, all settings together: test accuracy, and the loss
-    on test (solid) and train (dashed), on two axes.
-
-    history: the table history.csv. Raises ValueError where it lacks a split.
-    """
-    names = _names_in(history)
+    on test (solid) and train (dashed), on two axes. history: the table history.csv."""
     figure, axes = _panels(axes, 2, 2, 2.6)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
     settled = max(history.epoch) // 4  # the first epochs would leave little room for the rest
     accuracies = 100 * means.accuracy.xs("test", level="split")
-    for name in names:
+    for name in _settings_in(history):
         test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
         axes[0].plot(accuracies[name], **style)
         axes[1].plot(test.loss, label=SETTINGS[name].label, **style)
@@ -1464,16 +1334,6 @@ def _words(key: str, value) -> str:
     return forms[key].format(value) if key in forms else words.get(value, value)
 
 
-def _runs_of(question: str, table: pd.DataFrame, plan) -> pd.DataFrame:
-    """The rows of search.csv that a panel shows: those that its studies name, with any seed."""
-    jobs = [job for study in plan if study.question == question for job in study.jobs()]
-    planned = pd.DataFrame([_search_row(*job) for job in jobs], columns=SEARCH_COLUMNS)
-    keys = pd.Series(_search_keys(table, ("seed",)), index=table.index)
-    runs = table[keys.isin(_search_keys(planned, ("seed",)))]
-    order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
-    return runs.sort_values(QUESTIONS[question][1], kind="stable", **order)
-
-
 def _search_ticks(ax, key: str, values: list) -> dict:
     """Set the ticks for the values of a hyperparameter. Returns where on the axis each is."""
     if key == "norm_place":
@@ -1488,7 +1348,7 @@ def _search_ticks(ax, key: str, values: list) -> dict:
     return {value: value for value in values}
 
 
-def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, axes=None):
+def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
     """Validation accuracy against what was varied, one panel for each of the questions:
     a point for each run, a line through the means over the seeds (solid with the schedule that
     was chosen, dashed with another), a ring around the mean where what the panel varies has its
@@ -1498,11 +1358,13 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), plan=SEARCH, ax
     """
     axis = {"lr": "highest learning rate", "norm_place": "place in the block"}
     axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
+    order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
     figure, axes = _panels(axes, len(questions), 2, 1.75)
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
-        runs = _runs_of(question, table, plan)
+        runs = table[table.questions.str.contains(question) & table.val_accuracy.notna()]
+        runs = runs.sort_values(names, kind="stable", **order)
         if runs.empty:
             continue
         at = _search_ticks(ax, x, sorted(set(runs[x])))
@@ -1636,24 +1498,30 @@ def _train_command(args) -> int:
 
 
 def _test_command(args) -> int:
-    path = Path(args.path)
-    recorded = _recorded_in(path) if path.is_dir() else {path: None}
-    splits = functools.cache(functools.partial(load_fashion_mnist, args.data))
-    rows, compared, differing = [], 0, []
+    path, recorded = Path(args.path), {Path(args.path): None}
+    reference = f"what {path} recorded"
+    if path.is_dir():
+        reference = path / "results.csv"
+        table = read_table(reference, [*RUN, *ACCURACIES])
+        table = table[table.seed == 0].set_index("setting")[[*ACCURACIES]]
+        rows = table.rename(columns=ACCURACIES).to_dict("index")
+        recorded = {checkpoint_path(path, name): rows[name] for name in SETTINGS if name in rows}
+        _require(recorded, f"{reference} has no run of seed 0; expected one for each setting")
+    load = functools.cache(functools.partial(load_fashion_mnist, args.data))
+    rows, verdicts = [], []
     for file, accuracies in recorded.items():
         checkpoint = load_checkpoint(file)
         found = checkpoint.setting.name
         right = accuracies is None or found == file.stem
         _require(right, f"{file} holds the setting {found}; expected {file.stem}")
         split_seed = checkpoint.config.split_seed if checkpoint.config else 0
-        table = reevaluate(checkpoint, splits(split_seed), accuracies)
+        table = reevaluate(checkpoint, load(split_seed), accuracies)
         measured = dict(zip(table.split + " %", table.measured.map(percent)))
         rows.append({"setting": checkpoint.setting.label, **measured})
-        known = table.dropna()
-        compared += len(known)
-        for row in known[~known.agrees].itertuples():
+        compared = bool(accuracies or checkpoint.metrics)
+        for row in table[~table.agrees].itertuples() if compared else ():
             pair = f"measured {percent(row.measured)} %, recorded {percent(row.recorded)} %"
-            differing.append(f"{file}, {row.split}: {pair}")
+            verdicts.append(f"{file}, {row.split}: {pair}")
     print(pd.DataFrame(rows).to_string(index=False))
     if not compared:
         print(
@@ -1661,25 +1529,9 @@ def _test_command(args) -> int:
             "network with ReLU, maximum pooling and batch norm, if any, after the activation."
         )
         return 0
-    reference = path / "results.csv" if path.is_dir() else f"what {path} recorded"
-    verdict = "DIFFER from" if differing else "equal"
-    print(*differing, f"The measured accuracies {verdict} {reference}.", sep="\n")
-    return 1 if differing else 0
-
-
-def _recorded_in(folder: Path) -> dict[Path, dict[str, float]]:
-    """The files of seed 0 with the accuracies that results.csv has for them."""
-    results = read_table(folder / "results.csv", ["setting", "seed", *ACCURACIES])
-    results = results[results.seed == 0].set_index("setting")
-    names = [name for name in SETTINGS if name in results.index]
-    _require(
-        names and results.index.is_unique,
-        f"{folder / 'results.csv'} should have one row of seed 0 for each setting to measure",
-    )
-    table = results.loc[names].rename(columns=ACCURACIES)[list(ACCURACIES.values())]
-    known = table.select_dtypes("number").shape == table.shape and table.notna().all(axis=None)
-    _require(known, f"{folder / 'results.csv'} lacks accuracies, or holds text in their place")
-    return {checkpoint_path(folder, name): table.loc[name].to_dict() for name in names}
+    verdict = "DIFFER from" if verdicts else "equal"
+    print(*verdicts, f"The measured accuracies {verdict} {reference}.", sep="\n")
+    return 1 if verdicts else 0
 
 
 def _search_command(args) -> int:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -110,11 +109,11 @@ CASES = {
     ),
     "setting field unknown": (
         lambda good: rewritten(good, lambda p: p["setting"].update(mixup=1)),
-        "setting.*mixup",
+        "its setting lacks, or has unknown, mixup",
     ),
     "setting field missing": (
         lambda good: rewritten(good, lambda p: p["setting"].pop("name")),
-        "setting.*name",
+        "its setting lacks, or has unknown, name",
     ),
     "setting no dictionary": (
         lambda good: rewritten(good, lambda p: p.update(setting=3)),
@@ -239,23 +238,6 @@ def test_a_bare_state_dict_is_accepted(splits, tmp_path, name, norm_layers):
         dl.save_checkpoint(tmp_path / "new.pt", bare)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"history": pd.DataFrame()},
-        {"history": pd.DataFrame(columns=[*dl.HISTORY_COLUMNS, "lr"])},
-        {"epoch": None},
-        {"epoch": np.int64(2)},
-        {"seconds": None},
-        {"metrics": {"val": dl.Metrics(np.float64(0.1), object())}},
-    ],
-)
-def test_what_could_not_be_read_again_is_not_written(checkpoint, tmp_path, change):
-    with pytest.raises(dl.CheckpointError, match="run.pt is not written, as it could not be read"):
-        dl.save_checkpoint(tmp_path / "run.pt", replace(checkpoint, **change))
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_name_that_is_too_long_is_said(checkpoint, tmp_path):
     for use in (dl.load_checkpoint, lambda path: dl.save_checkpoint(path, checkpoint)):
         with pytest.raises(dl.CheckpointError, match="File name too long"):
@@ -318,27 +300,34 @@ torch.set_num_threads(1)  # those of OpenMP would not be in a forked child
 good, folder, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 checkpoint = dl.load_checkpoint(good)
 path, table = os.path.join(folder, "run.pt"), os.path.join(folder, "rows.csv")
+
+def save(round, number):
+    dl.save_checkpoint(path, checkpoint, overwrite=True)
+    row = pd.DataFrame([{"round": round, "number": number}])
+    dl.add_rows(table, row, ["round", "number"])
+
+save(0, 0)  # the first time takes longer
+start = time.perf_counter()
+for number in range(1, 5):
+    save(0, number)
+once = (time.perf_counter() - start) / 4
 random.seed(0)
-added = 0
-for round in range(rounds):
+added = 5
+for round in range(1, rounds + 1):
     child = os.fork()
     if child == 0:
         for number in range(10**6):
-            dl.save_checkpoint(path, checkpoint, overwrite=True)
-            dl.add_rows(table, pd.DataFrame([{"round": round, "number": number}]),
-                        ["round", "number"])
-    time.sleep(random.uniform(0.02, 0.12))
+            save(round, number)
+    time.sleep(random.uniform(0.5, 4) * once)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    if os.path.exists(path):
-        dl.load_checkpoint(path)
-    if os.path.exists(table):
-        rows = dl.read_table(table)
-        for _, group in rows.groupby("round"):
-            assert list(group.number) == list(range(len(group))), "a row is lost"
-        assert len(rows) >= added, "rows are lost"
-        added = len(rows)
-assert added > rounds, added
+    dl.load_checkpoint(path)
+    rows = dl.read_table(table)
+    for _, group in rows.groupby("round"):
+        assert list(group.number) == list(range(len(group))), "a row is lost"
+    assert len(rows) >= added, "rows are lost"
+    added = len(rows)
+assert added > 5 + rounds / 4, added
 """
 
 APPENDS = """

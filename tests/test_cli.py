@@ -41,11 +41,13 @@ BAD = {
     "train dropout --epochs -2": "epochs is -2; expected",
     "train dropout --batch-size 0": "batch_size is 0; expected",
     "train all dropuot": r"unknown setting 'dropuot'; did you mean dropout\?",
-    "train dropout --lr 0": "lr is 0.0; expected a finite number > 0",
+    "train dropout --lr 0": "lr is 0.0; expected a finite number >= 1e-06",
     "train dropout --lr nan": "lr is nan; expected",
     "train dropout --seeds -1": "seed is -1; expected",
     "train dropout --out /proc/runs": "/proc/runs cannot be written to .*; choose another folder",
     "search --out /proc/runs/search.csv": "/proc/runs cannot be written to .*; choose another",
+    "search": "weights/search.csv does not exist; expected a table that this program wrote",
+    "search --out .": r"\. is not a table \(Is a directory\); move it out of the way, or name",
     "test nowhere.pt": "nowhere.pt does not exist; expected a checkpoint",
     "test .": "results.csv does not exist; expected a table",
 }
@@ -53,7 +55,7 @@ BAD = {
 
 @pytest.mark.parametrize("command", BAD)
 def test_bad_input_ends_in_one_sentence(command, small_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT if command.startswith("search --out") else tmp_path)
     assert dl.main(shlex.split(command)) == 2
     out, err = capsys.readouterr()
     assert out == "" and re.match(f"dl_utils.py: .*{BAD[command]}", err) and err.count("\n") == 1
@@ -140,15 +142,17 @@ def test_table_equals_what_was_recorded(folder, small_data, trained, capsys):
 
 
 def test_table_that_differs_is_said_to_differ(folder, small_data, capsys):
-    table = dl.read_table(folder / "results.csv")
-    table.loc[3, "test_accuracy"] -= 2 / 150
-    table.to_csv(folder / "results.csv", index=False)
-    assert dl.main(["test", str(folder)]) == 1
-    *_, differing, verdict = capsys.readouterr().out.splitlines()
-    assert verdict == f"The measured accuracies DIFFER from {folder / 'results.csv'}."
-    recorded = dl.percent(table.test_accuracy[3])
-    assert differing.startswith(f"{folder / (table.setting[3] + '.pt')}, test: measured ")
-    assert differing.endswith(f"recorded {recorded} %")
+    good = dl.read_table(folder / "results.csv")
+    for value in (good.test_accuracy[3] - 2 / 150, None):  # None: nothing is recorded
+        table = good.copy()
+        table.loc[3, "test_accuracy"] = value
+        table.to_csv(folder / "results.csv", index=False)
+        assert dl.main(["test", str(folder)]) == 1
+        *_, differing, verdict = capsys.readouterr().out.splitlines()
+        assert verdict == f"The measured accuracies DIFFER from {folder / 'results.csv'}."
+        recorded = dl.percent(table.test_accuracy[3])
+        assert differing.startswith(f"{folder / (table.setting[3] + '.pt')}, test: measured ")
+        assert differing.endswith(f"recorded {recorded} %")
 
 
 def test_a_folder_is_measured_on_the_split_it_was_trained_on(tmp_path, monkeypatch, splits):
@@ -183,19 +187,13 @@ TABLES = {
         lambda folder: (folder / "results.csv").write_text(
             "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,0,high,0.9,0.9\n"
         ),
-        "results.csv lacks accuracies, or holds text in their place",
-    ),
-    "an accuracy missing": (
-        lambda folder: (folder / "results.csv").write_text(
-            "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,0,0.9,0.9,\n"
-        ),
-        "results.csv lacks accuracies, or holds text in their place",
+        "results.csv is not a table (could not convert string to float: 'high')",
     ),
     "no row of seed 0": (
         lambda folder: (folder / "results.csv").write_text(
             "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,3,0.9,0.9,0.9\n"
         ),
-        "results.csv should have one row of seed 0 for each setting to measure",
+        "results.csv has no run of seed 0; expected one for each setting",
     ),
     "a file is missing": (lambda folder: (folder / "dropout.pt").unlink(), "dropout.pt does not"),
     "one file in place of another": (swap, "dropout.pt holds the setting baseline; expected drop"),

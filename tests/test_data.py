@@ -81,7 +81,8 @@ def test_no_files_and_no_network(tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be put there" in message(tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / ("x" * 300)):
+        assert "cannot be put there" in message(folder)
 
 
 @pytest.mark.parametrize("leftover", [b"", b"\x1f\x8b\x08", b"<html>not found</html>"])

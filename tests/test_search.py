@@ -8,57 +8,67 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 
 import dl_utils as dl
+from dl_utils import Setting, TrainConfig
+
+RATES = (0.01, 0.012, 0.015, 0.02, 0.025, 0.03)
+JOBS = [(Setting("dropout", "Dropout", 0.1, lr=lr), TrainConfig(5, 16)) for lr in RATES]
 
 
-def study(seeds=(0, 1), epochs=2, lr=(0.01, 0.02)):
-    grid = {"dropout": (0.1, 0.3), "lr": lr, "epochs": (epochs,), "batch_size": (32,)}
-    return dl.Study("Learning rate", "dropout", seeds, **grid)
+def planned(path, jobs=JOBS):
+    """A plan of these jobs: a table without results."""
+    rows = [{"questions": "Learning rate", **dl._search_row(*job)} for job in jobs]
+    pd.DataFrame(rows).assign(val_accuracy=None, seconds=None).to_csv(path, index=False)
+    return path
 
 
-def test_a_study_is_every_combination_for_every_seed():
-    jobs = study().jobs()
-    assert len(jobs) == len(set(jobs)) == 8
-    for setting, config in jobs:
-        assert setting.name == "dropout" and setting.dropout in (0.1, 0.3)
-        assert config.epochs == 2 and config.seed in (0, 1)
-
-
-def test_search_needs_no_test_split_and_records_what_it_ran(splits, tmp_path, monkeypatch):
-    path = tmp_path / "search.csv"
-    plan = (study(seeds=(0,)),)
+def test_search_needs_no_test_split_and_records_what_it_ran(splits, tmp_path):
+    path, plan = tmp_path / "search.csv", planned(tmp_path / "plan.csv", JOBS[:3])
     without_test = {name: splits[name] for name in ("train", "val")}
     with ThreadPoolExecutor(1) as executor:
         table = dl.search(path, plan, executor, splits=without_test)
-    assert list(table.columns) == [*dl.SEARCH_COLUMNS, "val_accuracy", "seconds"]
-    assert len(table) == 4
-    setting, config = plan[0].jobs()[0]
-    alone = dl.train(setting, splits, config)
-    row = table[(table.dropout == setting.dropout) & (table.lr == setting.lr)].iloc[0]
-    assert row.val_accuracy == alone.metrics["val"].accuracy
+    assert list(table.columns) == ["questions", *dl.SEARCH_COLUMNS, "val_accuracy", "seconds"]
+    assert [dl._search_job(row) for row in table.to_dict("records")] == JOBS[:3]
+    alone = dl.train(JOBS[1][0], splits, JOBS[1][1])
+    assert table.val_accuracy[1] == alone.metrics["val"].accuracy
     before = path.read_bytes()
     dl.search(path, plan, splits=without_test)  # nothing is missing
     assert path.read_bytes() == before
-    monkeypatch.setitem(dl.QUESTIONS, "Learning rate", ("lr", ["dropout"]))
-    ax = dl.plot_search(table, ["Learning rate"], plan).axes[0]
-    assert ax.get_title() == "Learning rate" and len(ax.lines) >= 4
+    ax = dl.plot_search(table, ["Learning rate"]).axes[0]
+    assert ax.get_title() == "Learning rate" and len(ax.lines) >= 3
+
+
+def test_a_row_without_an_accuracy_is_run_in_its_own_table(splits, tmp_path):
+    path = planned(tmp_path / "search.csv", JOBS[:2])
+    with ThreadPoolExecutor(1) as executor:
+        table = dl.search(path, path, executor, splits=splits)
+    assert len(table) == 2 and table.notna().all(axis=None)
+    dl.search(path, path)  # nothing is missing
+
+
+def test_a_plan_that_cannot_be_run_is_said_before_any_run(tmp_path):
+    plan = planned(tmp_path / "plan.csv", JOBS[:1])
+    text = plan.read_text()
+    for old, new, sentence in (
+        ("relu", "gelu", "activation is 'gelu'; expected one of relu, tanh"),
+        ("questions", "question", "plan.csv lacks the columns questions; move it"),
+    ):
+        plan.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=sentence):
+            dl.search(tmp_path / "search.csv", plan)
+    with pytest.raises(FileNotFoundError, match="gone.csv does not exist; expected a table"):
+        dl.search(tmp_path / "search.csv", tmp_path / "gone.csv")
 
 
 def test_a_search_that_has_just_begun_is_drawn(table):
-    dl.plot_search(table, plan=dl.SEARCH[:2])
-    figure = dl.plot_search(table[:10])
-    assert [ax.get_title() for ax in figure.axes[:9]] == list(dl.QUESTIONS)
-
-
-def test_a_study_has_a_panel():
-    with pytest.raises(ValueError, match="no panel shows the question 'Momentum'"):
-        dl.Study("Momentum", "baseline", lr=(0.1,))
-    for key in ("split_seed", "seed", "lrr"):
-        with pytest.raises(ValueError, match=f"a study cannot vary {key}"):
-            dl.Study("Learning rate", "baseline", **{key: (0, 1)})
+    begun = table.assign(val_accuracy=table.val_accuracy.where(table.index < 10))
+    for part in (begun, table[:10], table):
+        figure = dl.plot_search(part)
+        assert [ax.get_title() for ax in figure.axes[:9]] == list(dl.QUESTIONS)
 
 
 class Guarded(dict):
@@ -68,13 +78,12 @@ class Guarded(dict):
 
 
 def test_search_touches_no_test_data(splits, tmp_path):
-    guarded = Guarded(splits)
-    plan = (study(seeds=(0,), lr=(0.01,)),)
+    guarded, plan = Guarded(splits), planned(tmp_path / "plan.csv", JOBS[:1])
     with ThreadPoolExecutor(1) as executor:
         table = dl.search(tmp_path / "search.csv", plan, executor, splits=guarded)
-    assert len(table) == 2
+    assert len(table) == 1
     with pytest.raises(AssertionError, match="the test split was touched"):
-        dl.train(*plan[0].jobs()[0][:1], guarded, dl.TrainConfig(1, 32))
+        dl.train(JOBS[0][0], guarded, JOBS[0][1])
 
 
 SCRIPT = """
@@ -84,11 +93,9 @@ import dl_utils as dl
 from conftest import make_split
 
 if __name__ == "__main__":
-    grid = dict({grid})
-    plan = [dl.Study("Learning rate", "baseline", **grid)]
     data = dict(train=make_split(330, 1), val=make_split(100, 2))
     try:
-        dl.search(sys.argv[1], plan, splits=data, workers=2)
+        dl.search(sys.argv[1], {plan!r}, splits=data, workers=2)
     except KeyboardInterrupt:
         sys.exit(130)
 """
@@ -150,12 +157,12 @@ def test_killed_training_goes_on_with_what_is_missing(tmp_path, splits):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_interrupted_search_goes_on_with_what_is_missing(tmp_path, splits):
     script, path = tmp_path / "run.py", tmp_path / "search.csv"
-    grid = {"epochs": (5,), "lr": (0.01, 0.012, 0.015, 0.02, 0.025, 0.03)}
-    script.write_text(SCRIPT.format(root=str(ROOT), grid=grid))
+    plan = planned(tmp_path / "plan.csv")
+    script.write_text(SCRIPT.format(root=str(ROOT), plan=str(plan)))
     kept = {}
 
     def finished():
-        rows = dl.read_table(path).set_index(dl.SEARCH_COLUMNS)
+        rows = dl.read_table(path).set_index("lr")
         for key, row in kept.items():
             assert tuple(rows.loc[key]) == row, "a finished run is lost or was run again"
         return {key: tuple(row) for key, row in rows.iterrows()}
@@ -181,7 +188,6 @@ def test_interrupted_search_goes_on_with_what_is_missing(tmp_path, splits):
         kept = finished()
         assert 1 <= len(kept) < 6
     with ThreadPoolExecutor(1) as executor:
-        plan = [dl.Study("Learning rate", "baseline", **grid)]
         dl.search(path, plan, executor, splits=splits)
     assert len(finished()) == 6
 
@@ -196,11 +202,15 @@ def table():
     return dl.read_table(TABLE)
 
 
-def test_recorded_search_is_the_plan(table):
-    planned = {tuple(dl._search_row(*job).values()) for study in dl.SEARCH for job in study.jobs()}
-    recorded = dl._search_keys(table)
-    assert len(recorded) == len(set(recorded)) >= 60
-    assert set(recorded) == planned
+def test_recorded_search_can_be_run_again_and_is_complete(table, monkeypatch, capsys):
+    jobs = [dl._search_job(row) for row in table.to_dict("records")]
+    assert len(jobs) == len(set(jobs)) >= 60
+    assert table.notna().all(axis=None)
+    before = TABLE.read_bytes()
+    monkeypatch.chdir(ROOT)
+    assert dl.main(["search"]) == 0 and TABLE.read_bytes() == before  # nothing is missing
+    assert capsys.readouterr().out == f"weights/search.csv: {len(table)} runs\n"
+    assert {name for row in table.questions for name in row.split("; ")} == set(dl.QUESTIONS)
 
 
 def test_recorded_search_never_saw_test_data(table):

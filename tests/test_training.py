@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -115,6 +116,12 @@ def test_bits_do_not_depend_on_threads_or_the_global_generator(splits, config, t
     assert weights_equal(again, trained["combined"])
 
 
+def test_training_twice_at_once_gives_the_same_bits(splits, config, trained):
+    with ThreadPoolExecutor(2) as executor:
+        for run in executor.map(train, 4 * [SETTINGS["combined"]], 4 * [splits], 4 * [config]):
+            assert weights_equal(run, trained["combined"])
+
+
 def test_training_leaves_the_global_generator_alone(splits):
     torch.manual_seed(5)
     expected = torch.rand(2)
@@ -154,7 +161,8 @@ def test_any_batch_size_gives_what_one_big_batch_gives(splits, trained, count, b
     model = trained["batch_norm"].model
     split = Split(splits["test"].images[:count], splits["test"].labels[:count])
     logits = model(split.images)
-    metrics = evaluate(model, split, batch_size)
+    with mock.patch.object(dl_utils, "EVALUATION_BATCH", batch_size):
+        metrics = evaluate(model, split)
     assert metrics.accuracy == (logits.argmax(1) == split.labels).sum().item() / count
     loss = F.cross_entropy(logits, split.labels).item()
     assert metrics.loss == pytest.approx(loss, rel=1e-4, abs=1e-7)
@@ -246,7 +254,7 @@ def test_divergence_stops_with_the_epoch_and_the_loss(splits, config):
         ({"epochs": 1.5}, "epochs is 1.5; expected"),
         ({"batch_size": 0}, "batch_size is 0; expected"),
         ({"seed": -1}, "seed is -1; expected"),
-        ({"seed": 2**31}, "seed is 2147483648; expected a whole number >= 0 and < 1431655765"),
+        ({"seed": 2**30}, "seed is 1073741824; expected a whole number >= 0 and < 1073741824"),
         ({"split_seed": 2**32}, "split_seed is 4294967296; expected"),
         ({"split_seed": True}, "split_seed is True; expected"),
         ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of sgd, adam"),
@@ -265,11 +273,6 @@ def test_batch_sizes_that_cannot_be_trained_on_are_refused(splits):
         with pytest.raises(ValueError, match=f"batch_size {size} leaves a batch of one image"):
             train(SETTINGS["batch_norm"], splits, TrainConfig(1, size))
     train(replace(SETTINGS["batch_norm"], norm_layers="conv"), splits, TrainConfig(1, 47))
-
-
-def test_no_batches_to_evaluate_are_refused(splits, trained):
-    with pytest.raises(ValueError, match="batch_size is 0; expected 1 or more"):
-        evaluate(trained["baseline"].model, splits["val"], 0)
 
 
 def test_a_device_that_is_not_there_is_refused(splits, trained, tmp_path):
@@ -307,12 +310,10 @@ def test_training_needs_train_and_val_and_what_it_is_to_measure(splits):
     for name in ("train", "val"):
         rest = {key: split for key, split in splits.items() if key != name}
         for measure in (None, ("val",)):
-            with pytest.raises(ValueError, match="expected splits named train, val"):
+            with pytest.raises(ValueError, match="expected splits named train, .*; found"):
                 train(SETTINGS["baseline"], rest, TrainConfig(1), measure=measure)
-    with pytest.raises(ValueError, match="measure is test; expected val among them"):
-        train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("test",))
-    with pytest.raises(ValueError, match="splits named train, val, tset; found train, val, test"):
-        train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("val", "tset"))
+    with pytest.raises(ValueError, match="splits named train, tset, val; found train, val, test"):
+        train(SETTINGS["baseline"], splits, TrainConfig(1), measure=("tset",))
 
 
 def test_train_many_gives_the_bits_of_one_after_the_other(splits, config, trained, capsys):
