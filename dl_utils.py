@@ -81,8 +81,8 @@ def _require(condition: bool, sentence: str) -> None:
 
 
 def _check_choices(record) -> None:
-    for key in filter(vars(record).__contains__, CHOICES):
-        value, allowed = getattr(record, key), tuple(CHOICES[key])
+    for key, value in vars(record).items():
+        allowed = tuple(CHOICES.get(key, [value]))
         names = ", ".join(map(str, allowed))
         _require(value in allowed, f"{key} is {value!r}; expected one of {names}")
 
@@ -719,7 +719,7 @@ def reevaluate(checkpoint: Checkpoint, splits: dict[str, Split], recorded=None) 
     return table
 
 
-# ------------------------------------------------------------- tables, and many runs
+# ------------------------------------------------------------------ tables and many runs
 
 ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
 RUN = ["setting", "seed"]  # what tells the runs in results.csv and history.csv apart
@@ -1330,7 +1330,7 @@ def _words(key: str, value) -> str:
         "relu": "ReLU", "max": "maximum", "sgd": "SGD", "adam": "Adam", "one_cycle": "one-cycle",
         "all": "all hidden layers", "conv": "convolutions only", True: "L2 on all", False: "",
     }  # fmt: skip
-    forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "dropout {:g}"}
+    forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "p = {:g}"}
     return forms[key].format(value) if key in forms else words.get(value, value)
 
 
@@ -1348,6 +1348,29 @@ def _search_ticks(ax, key: str, values: list) -> dict:
     return {value: value for value in values}
 
 
+def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
+    """One panel of plot_search: a line for each combination of names and schedule."""
+    at = _search_ticks(ax, x, sorted(set(runs[x])))
+    lines = runs.groupby([*names, "schedule"], sort=False)
+    for ((*values, schedule), line), (color, marker) in zip(lines, itertools.cycle(OTHER_STYLES)):
+        both = runs[(runs[names] == values).all(axis=1)].schedule.nunique() > 1
+        words = [*map(_words, names, values), _words("schedule", schedule) if both else ""]
+        label = textwrap.fill(", ".join(filter(None, words)), 20, break_on_hyphens=False)
+        color = COLORS[values[0]] if "setting" in names else color
+        style = "-" if schedule == TrainConfig().schedule else "--"
+        look = {"color": color, "marker": marker, "ms": 3, "lw": 1, "ls": style}
+        means = 100 * line.groupby(x).val_accuracy.mean()
+        ax.plot([], [], label=label, **look)
+        ax.plot(means.index.map(at), means, **look | {"marker": ""})
+        ax.plot(line[x].map(at), 100 * line.val_accuracy, **look | {"ls": ""})
+        own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
+        same = names if x == "norm_place" else [*names, "schedule"]  # the place: a first look
+        if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
+            ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9)
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1.05)}  # beside the panel
+    ax.legend(fontsize=7, handlelength=1.6, frameon=False, **place)
+
+
 def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
     """Validation accuracy against what was varied, one panel for each of the questions:
     a point for each run, a line through the means over the seeds (solid with the schedule that
@@ -1363,36 +1386,17 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
-        runs = table[table.questions.str.contains(question) & table.val_accuracy.notna()]
-        runs = runs.sort_values(names, kind="stable", **order)
-        if runs.empty:
-            continue
-        at = _search_ticks(ax, x, sorted(set(runs[x])))
-        lines = runs.groupby([*names, "schedule"], sort=False)
-        for ((*values, schedule), line), style in zip(lines, itertools.cycle(OTHER_STYLES)):
-            both = runs[(runs[names] == values).all(axis=1)].schedule.nunique() > 1
-            words = [*map(_words, names, values), _words("schedule", schedule) if both else ""]
-            label = textwrap.fill(", ".join(filter(None, words)), 24, break_on_hyphens=False)
-            color = COLORS[values[0]] if "setting" in names else style[0]
-            look = {"color": color, "marker": style[1], "ms": 3, "lw": 1}
-            look["ls"] = "-" if schedule == TrainConfig().schedule else "--"
-            means = 100 * line.groupby(x).val_accuracy.mean()
-            ax.plot([], [], label=label, **look)
-            ax.plot(means.index.map(at), means, **look | {"marker": ""})
-            ax.plot(line[x].map(at), 100 * line.val_accuracy, **look | {"ls": ""})
-            own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
-            same = names if x == "norm_place" else [*names, "schedule"]  # the place: a first look
-            if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
-                ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
-        ax.legend(loc="upper left", bbox_to_anchor=(1.05, 1), fontsize=7, handlelength=1.6)
+        runs = table[table.questions.str.contains(question) & table.val_accuracy.notna()]
+        if not runs.empty:
+            _plot_question(ax, runs.sort_values(names, kind="stable", **order), x, names)
     return figure
 
 
 def plot_confusion(matrix: pd.DataFrame, axes=None):
     """A confusion matrix, (10, 10), in percent of each true class."""
-    figure, (ax, *_) = _panels(axes, 1, 1, 2.7, width=5.6)
+    figure, (ax, *_) = _panels(axes, 1, 1, 3.2, width=5.6)
     shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
     for row, column in itertools.product(range(len(CLASSES)), repeat=2):
