@@ -177,7 +177,7 @@ def get_setting(name: str) -> Setting:
 # ---------------------------------------------------------------------------------- data
 
 # fmt: off
-CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat",
+CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat",
            "sandal", "shirt", "sneaker", "bag", "ankle boot")
 # fmt: on
 MEAN, STD = 0.2860, 0.3530  # of the pixels of the 60,000 training images, scaled to 0..1
@@ -1199,13 +1199,13 @@ def describe_machine() -> str:
     )
 
 
-def _panels(axes, count: int, columns: int, height: float, width: float = 7, **options):
+def _panels(axes, count: int, columns: int, height: float, **options):
     """The figure and count axes of it: those that were given, or new ones, height inches a row."""
     from matplotlib.figure import Figure
 
     if axes is None:
         rows, columns = max(1, math.ceil(count / columns)), max(1, min(columns, count))
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        figure = Figure(figsize=(7, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
     axes = [axes] if hasattr(axes, "plot") else list(getattr(axes, "flat", axes))
     for ax in axes[count:]:
@@ -1232,7 +1232,7 @@ def _show_image(ax, image: Tensor, title: str) -> None:
 
 def plot_examples(split: Split, axes=None):
     """The first image of each class, on ten axes. Returns the figure, as all plots do."""
-    figure, axes = _panels(axes, len(CLASSES), 5, 1.55)
+    figure, axes = _panels(axes, len(CLASSES), 5, 1.4)
     for label, ax in enumerate(axes):
         first = int((split.labels == label).nonzero()[0])
         _show_image(ax, split.images[first], f"{label} {CLASSES[label]}")
@@ -1244,7 +1244,7 @@ def plot_architecture(model: LeNet5, axes=None):
     as bars, below them what computes them and with how many parameters."""
     from matplotlib.patches import Rectangle
 
-    figure, (ax, *_) = _panels(axes, 1, 1, 2.3)
+    figure, (ax, *_) = _panels(axes, 1, 1, 2.05)
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
     stages, shape = [("image", (1, 28, 28), 0)], (1, 28, 28)
     for layer, output, parameters in layer_summary(model).itertuples(index=False):
@@ -1281,7 +1281,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     history: the table history.csv. names: of the settings to show, by default all there are.
     """
     names = names or _settings_in(history)
-    figure, axes = _panels(axes, len(names), 2, 2.3, sharex=True, sharey=True)
+    figure, axes = _panels(axes, len(names), 2, 2.15, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
         wide = epochs.pivot(index="epoch", columns=["split", "seed"], values="accuracy")
@@ -1294,8 +1294,9 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
             ax.fill_between(runs.index, least, greatest, color=color, alpha=0.25, lw=0)
             ax.plot(kept, runs[seed][kept], "o", color=color, ms=5)
         _label(ax, f"{SETTINGS[name].label}: accuracy by epoch", "epoch", "accuracy (%)")
-        ax.tick_params(labelbottom=True)
+        ax.tick_params(labelbottom=True, labelleft=True)
         _epoch_ticks(ax, max(epochs.epoch))
+        ax.locator_params(axis="y", nbins=5)
         ax.legend(loc="lower right", fontsize=8)
     return figure
 
@@ -1305,18 +1306,22 @@ def plot_means(history: pd.DataFrame, axes=None):
     on test (solid) and train (dashed), on two axes. history: the table history.csv."""
     figure, axes = _panels(axes, 2, 2, 2.6)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
-    settled = max(history.epoch) // 4  # the first epochs would leave little room for the rest
-    accuracies = 100 * means.accuracy.xs("test", level="split")
     for name in _settings_in(history):
         test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
-        axes[0].plot(accuracies[name], **style)
-        axes[1].plot(test.loss, label=SETTINGS[name].label, **style)
+        axes[0].plot(100 * test.accuracy, label=SETTINGS[name].label, **style)
+        axes[1].plot(test.loss, **style)
         axes[1].plot(means.loc[name, "train"].loss, "--", **style)
-    axes[0].set_ylim(bottom=accuracies[accuracies.index.get_level_values("epoch") >= settled].min())
-    axes[1].set_ylim(0, 1.25 * means.loss.max())  # room for the legend
-    axes[1].legend(loc="upper right", fontsize=7)
+    late = means.index.get_level_values("epoch") >= max(history.epoch) // 4
+    settled = 100 * means[late].accuracy.xs("test", level="split").min()
+    axes[0].set_ylim(bottom=math.floor(settled))  # the first epochs would leave it little room
+    axes[1].set_ylim(bottom=0)
+    below = {"loc": "outside lower center", "ncols": len(COLORS), "frameon": False}
+    figure.legend(handles=list(axes[0].lines), fontsize=8, handlelength=1.4, **below)
+    for split, style in {"train": "--", "test": "-"}.items():
+        axes[1].plot([], [], style, color="gray", label=split)
+    axes[1].legend(fontsize=8)
     _label(axes[0], "Mean test accuracy", "epoch", "accuracy (%)")
-    _label(axes[1], "Mean loss, train dashed", "epoch", "loss (nats)")
+    _label(axes[1], "Mean loss", "epoch", "loss (nats)")
     for ax in axes:
         _epoch_ticks(ax, max(history.epoch))
     return figure
@@ -1327,7 +1332,7 @@ def _words(key: str, value) -> str:
     if key == "setting":
         return SETTINGS[value].label
     words = {
-        "relu": "ReLU", "max": "maximum", "sgd": "SGD", "adam": "Adam", "one_cycle": "one-cycle",
+        "relu": "ReLU", "sgd": "SGD", "adam": "Adam", "one_cycle": "one-cycle",
         "all": "all hidden layers", "conv": "convolutions only", True: "L2 on all", False: "",
     }  # fmt: skip
     forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "p = {:g}"}
@@ -1361,14 +1366,14 @@ def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
         look = {"color": color, "marker": marker, "ms": 3, "lw": 1, "ls": style}
         means = 100 * line.groupby(x).val_accuracy.mean()
         ax.plot([], [], label=label, **look)
-        ax.plot(means.index.map(at), means, **look | {"marker": ""})
+        ax.plot(means.index.map(at), means, **look | {"marker": "_", "ms": 7})
         ax.plot(line[x].map(at), 100 * line.val_accuracy, **look | {"ls": ""})
         own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
         same = names if x == "norm_place" else [*names, "schedule"]  # the place: a first look
         if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
-            ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9)
+            ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9, mew=0.7)
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1.05)}  # beside the panel
-    ax.legend(fontsize=7, handlelength=1.6, frameon=False, **place)
+    ax.legend(fontsize=7, handlelength=1.6, labelspacing=0.25, frameon=False, **place)
 
 
 def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
@@ -1379,10 +1384,10 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
 
     table: search.csv, finished or not.
     """
-    axis = {"lr": "highest learning rate", "norm_place": "place in the block"}
+    axis = {"lr": "learning rate", "norm_place": "place in the block"}
     axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
     order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
-    figure, axes = _panels(axes, len(questions), 2, 1.75)
+    figure, axes = _panels(axes, len(questions), 2, 1.65)
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
@@ -1396,7 +1401,7 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
 
 def plot_confusion(matrix: pd.DataFrame, axes=None):
     """A confusion matrix, (10, 10), in percent of each true class."""
-    figure, (ax, *_) = _panels(axes, 1, 1, 3.2, width=5.6)
+    figure, (ax, *_) = _panels(axes, 1, 1, 2.8)
     shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
     for row, column in itertools.product(range(len(CLASSES)), repeat=2):
@@ -1415,10 +1420,10 @@ def plot_mistakes(model: nn.Module, split: Split, axes=None):
     confidence, predicted = predict(model, split).max(1)
     wrong = (predicted != split.labels.cpu()).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True)][:10].tolist()
-    figure, axes = _panels(axes, len(worst), 5, 1.5)
+    figure, axes = _panels(axes, len(worst), 5, 1.15)
     for index, ax in zip(worst, axes):
         truth, guess = (CLASSES[int(labels[index])] for labels in (split.labels, predicted))
-        title = f"{truth},\ntaken for {guess}\n({100 * confidence[index]:.1f} %)"
+        title = f"{truth}, taken for\n{guess} ({100 * confidence[index]:.1f} %)"
         _show_image(ax, split.images[index], title)
     return figure
 

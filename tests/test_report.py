@@ -110,7 +110,7 @@ def test_means_are_those_of_the_history(history):
         assert list(line.get_ydata()) == list(100 * means.accuracy[name, "test"])
         assert list(test.get_ydata()) == list(means.loss[name, "test"])
         assert list(train.get_ydata()) == list(means.loss[name, "train"])
-        assert test.get_label() == dl.SETTINGS[name].label
+        assert line.get_label() == dl.SETTINGS[name].label
 
 
 def test_convergence_draws_the_history(history, trained):
