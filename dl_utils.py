@@ -28,6 +28,8 @@ import tempfile
 import textwrap
 import threading
 import time
+import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -63,7 +65,16 @@ SCHEDULES = {  # factor of the learning rate after a fraction t of all steps
     # The same after a linear rise from 0; after Smith and Topin (2019), whose momentum varies.
     "one_cycle": lambda t: t / 0.2 if t < 0.2 else 0.5 * (1 + math.cos(math.pi * (t - 0.2) / 0.8)),
 }
-CHOICES = {  # of the fields of Setting and TrainConfig that are not numbers
+RANGES = {  # of the fields of Setting and TrainConfig that are numbers: type, least, below
+    "dropout": (float, 0, 1),
+    "weight_decay": (float, 0, math.inf),
+    "lr": (float, 1e-6, math.inf),
+    "epochs": (int, 1, math.inf),
+    "batch_size": (int, 1, math.inf),
+    "seed": (int, 0, 2**30),
+    "split_seed": (int, 0, 2**30),
+}
+CHOICES = {  # of their other fields
     "batch_norm": (False, True),
     "activation": ACTIVATIONS,
     "pooling": POOLINGS,
@@ -80,26 +91,25 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def _check_choices(record) -> None:
+def _check_fields(record) -> None:
     for key, value in vars(record).items():
-        allowed = tuple(CHOICES.get(key, [value]))
-        names = ", ".join(map(str, allowed))
-        _require(value in allowed, f"{key} is {value!r}; expected one of {names}")
-
-
-def _check_number(record, key: str, least: float, below=math.inf, kind=float) -> None:
-    value = getattr(record, key)
-    what = "a whole number" if kind is int else "a finite number"
-    limits = f">= {least}" + (f" and < {below}" if below < math.inf else "")
-    right = type(value) in (int, kind) and least <= value < below
-    _require(right, f"{key} is {value!r}; expected {what} {limits}")
+        if key in CHOICES:
+            names = ", ".join(map(str, CHOICES[key]))
+            _require(value in tuple(CHOICES[key]), f"{key} is {value!r}; expected one of {names}")
+        if key in RANGES:
+            kind, least, below = RANGES[key]
+            what = "a whole number" if kind is int else "a finite number"
+            limits = f">= {least}" + (f" and < {below}" if below < math.inf else "")
+            right = type(value) in (int, kind) and least <= value < below
+            _require(right, f"{key} is {value!r}; expected {what} {limits}")
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is compared: one row of hyperparameters of the model and its regularization.
 
-    name: its key in SETTINGS and the stem of its files. label: its name in tables and figures.
+    name: its key in SETTINGS and the stem of its files. label: its name in tables and figures,
+        which does not count in comparisons.
     dropout: probability of dropping a hidden fully connected unit (Srivastava et al. 2014).
     weight_decay: lambda of the L2 penalty lambda / 2 * ||w||^2 (Krogh and Hertz 1991) on the
         weights or, with decay_all, on biases and the parameters of batch norm as well.
@@ -123,11 +133,7 @@ class Setting:
     norm_place: str = "after_activation"
     decay_all: bool = False
 
-    def __post_init__(self):
-        _check_number(self, "dropout", 0, 1)
-        _check_number(self, "weight_decay", 0)
-        _check_number(self, "lr", 1e-6)
-        _check_choices(self)
+    __post_init__ = _check_fields
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,7 @@ class TrainConfig:
     optimizer: str = "sgd"
     schedule: str = "one_cycle"
 
-    def __post_init__(self):
-        _check_number(self, "epochs", 1, kind=int)
-        _check_number(self, "batch_size", 1, kind=int)
-        _check_number(self, "seed", 0, 2**30, kind=int)
-        _check_number(self, "split_seed", 0, 2**30, kind=int)
-        _check_choices(self)
+    __post_init__ = _check_fields
 
 
 SETTINGS = {
@@ -271,18 +272,13 @@ def minibatches(split: Split, batch_size: int, generator: torch.Generator) -> It
 
 
 def _check_split(split: Split) -> None:
-    (images, labels), shape = split, tuple(split.images.shape)
-    _require(
-        images.ndim == 4 and shape[1:] == (1, 28, 28) and images.dtype == torch.float32,
-        f"images are {shape} of {images.dtype}; expected (N, 1, 28, 28) of torch.float32",
-    )
-    _require(
-        labels.shape == shape[:1] and labels.dtype == torch.int64,
-        f"labels are {tuple(labels.shape)} of {labels.dtype}; "
-        f"expected ({shape[0]},) of torch.int64",
-    )
-    _require(len(labels) > 0, "the split is empty; expected at least one image")
-    low, high = int(labels.min()), int(labels.max())
+    count = len(split.images)
+    _require(count > 0, "the split is empty; expected at least one image")
+    wanted = {"images": ((count, 1, 28, 28), torch.float32), "labels": ((count,), torch.int64)}
+    for (name, (shape, dtype)), part in zip(wanted.items(), split):
+        found, expected = f"{tuple(part.shape)} of {part.dtype}", f"{shape} of {dtype}"
+        _require(found == expected, f"{name} are {found}; expected {expected}")
+    low, high = int(split.labels.min()), int(split.labels.max())
     _require(low >= 0 and high <= 9, f"labels run from {low} to {high}; expected 0 to 9")
 
 
@@ -331,17 +327,10 @@ class LeNet5(nn.Module):
             "drop4": nn.Dropout(dropout),
             "fc5": nn.Linear(84, 10),  # (N, 10): logits
         }
-        self.layers = nn.Sequential()
-        for name, layer in layers.items():
-            self.layers.add_module(name, layer)
+        self.layers = nn.Sequential(OrderedDict(layers))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
-
-
-def _network(setting: Setting) -> LeNet5:
-    arguments = inspect.signature(LeNet5).parameters
-    return LeNet5(**{key: getattr(setting, key) for key in arguments})
 
 
 def _seed_of(use: str, seed: int) -> int:
@@ -351,9 +340,11 @@ def _seed_of(use: str, seed: int) -> int:
 
 def build_model(setting: Setting, seed: int = 0) -> LeNet5:
     """LeNet-5 as the setting wants it. Settings of one seed start from the same weights."""
+    arguments = {key: getattr(setting, key) for key in inspect.signature(LeNet5).parameters}
     with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which seeds a GPU as well: fork_rng would not restore that.
         torch.random.default_generator.manual_seed(_seed_of("weights", seed))
-        model = _network(setting)
+        model = LeNet5(**arguments)
     return model.to(memory_format=torch.channels_last)  # faster, the same function
 
 
@@ -506,14 +497,14 @@ def train(
     default the one of find_device. progress is called without arguments after every epoch.
     On the CPU training runs on one thread and gives the same bits every time; calls from several
     threads wait for each other.
-    Raises ValueError for splits, a batch size or a device that cannot be trained on, and when
-    the loss stops being finite.
+    Raises ValueError for splits, a batch size or a device that cannot be trained on, and after
+    the first epoch whose validation loss is not finite.
     """
     device = find_device(device)
     measure = dict.fromkeys([*(splits if measure is None else measure), "val"])
     needed = dict.fromkeys(["train", *measure])
-    names = f"expected splits named {', '.join(needed)}; found {', '.join(splits)}"
-    _require(needed.keys() <= splits.keys(), names)
+    sentence = f"expected splits named {', '.join(needed)}; found {', '.join(splits)}"
+    _require(needed.keys() <= splits.keys(), sentence)
     splits = {name: splits[name].to(device) for name in needed}
     _check_training(setting, splits, config)
     rows, kept, start = [], None, time.perf_counter()
@@ -541,12 +532,10 @@ def train(
                 f"{metrics['val'].loss}; choose a lower learning rate",
             )
             if kept is None or metrics["val"].accuracy > kept.metrics["val"].accuracy:
-                kept = Checkpoint(
-                    copy.deepcopy(model), setting, config, epoch=epoch, metrics=metrics
-                )
+                best = copy.deepcopy(model).eval()
+                kept = Checkpoint(best, setting, config, epoch=epoch, metrics=metrics)
             if progress:
                 progress()
-    kept.model.eval()
     kept.history = pd.DataFrame(rows, columns=HISTORY_COLUMNS)
     kept.seconds = round(time.perf_counter() - start, 1)
     return kept
@@ -554,11 +543,11 @@ def train(
 
 # --------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "EX1 LeNet-5 checkpoint", 1
+CHECKPOINT_KIND = {"format": "EX1 LeNet-5 checkpoint", "version": 1}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or cannot be written where it should go."""
+    """A checkpoint that cannot be read, or a file that cannot be written where it should go."""
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = False) -> None:
@@ -567,16 +556,11 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = 
     Raises CheckpointError where the file exists and overwrite is off, where it cannot be
     written, and for a bare state_dict.
     """
-    path = Path(path)
     if checkpoint.config is None:
         raise CheckpointError("a bare state_dict has no history to save; use torch.save for it")
-    try:
-        if path.exists() and not overwrite:
-            raise CheckpointError(f"{path} exists already; name another file or allow overwriting")
-        _write_atomically(path, _to_bytes(checkpoint))
-    except OSError as error:
-        reason = f"{path} cannot be written ({error.strerror}); free space or name another file"
-        raise CheckpointError(reason) from error
+    if os.path.exists(path) and not overwrite:
+        raise CheckpointError(f"{path} exists already; name another file or allow overwriting")
+    _write_atomically(Path(path), _to_bytes(checkpoint))
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -598,7 +582,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         reason = f"{path} cannot be read ({error.strerror}); expected a checkpoint file"
         raise CheckpointError(reason) from error
     except Exception as error:  # whatever it is, the file is not what it should be
-        reason = f"{path} is not a usable checkpoint: {error}; train it again, with overwriting"
+        said = " ".join(str(error).split())  # in one line
+        reason = f"{path} is not a usable checkpoint: {said}; train it again, with overwriting"
         raise CheckpointError(reason) from error
     checkpoint.model.to(device)
     return checkpoint
@@ -606,8 +591,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
 
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
     payload = {
-        "format": CHECKPOINT_FORMAT,
-        "version": CHECKPOINT_VERSION,
+        **CHECKPOINT_KIND,
         "setting": asdict(checkpoint.setting),
         "config": asdict(checkpoint.config),
         "history": checkpoint.history.to_dict("list"),
@@ -644,19 +628,14 @@ def _from_bytes(data: bytes) -> Checkpoint:
         layers = "conv" if norms == ["norm1"] else "all"
         bare = Setting("state_dict", "Weights", batch_norm=bool(norms), norm_layers=layers)
         return Checkpoint(_load_model(bare, payload), bare)
-    known, version = payload.get("format") == CHECKPOINT_FORMAT, payload.get("version")
-    _require(known, "it was not saved by save_checkpoint")
-    reads = f"it is of format version {version}, this program reads {CHECKPOINT_VERSION}"
-    _require(version == CHECKPOINT_VERSION, reads)
+    kind = {key: payload.get(key) for key in CHECKPOINT_KIND}
+    _require(kind == CHECKPOINT_KIND, f"it is of {kind}; this program reads {CHECKPOINT_KIND}")
     parts = {"setting", "config", "history", "epoch", "metrics", "seconds", "state_dict", "sha256"}
     missing = ", ".join(sorted(parts - payload.keys()))
     _require(not missing, f"it lacks {missing}")
-    records = {"setting": Setting, "config": TrainConfig}
-    for name, kind in records.items():
-        found = payload[name] if isinstance(payload[name], dict) else {}
-        wrong = sorted(map(str, {f.name for f in fields(kind)} ^ found.keys()))
-        _require(not wrong, f"its {name} lacks, or has unknown, {', '.join(wrong)}")
-    setting, config = (kind(**payload[name]) for name, kind in records.items())
+    setting, config = Setting(**payload["setting"]), TrainConfig(**payload["config"])
+    whole = [payload["setting"], payload["config"]] == [asdict(setting), asdict(config)]
+    _require(whole, "its setting or its config lacks fields")
     model = _load_model(setting, payload["state_dict"])
     _require(_digest(payload) == payload["sha256"], "its contents do not match its checksum")
     history = pd.DataFrame(payload["history"])
@@ -667,39 +646,31 @@ def _from_bytes(data: bytes) -> Checkpoint:
 
 
 def _load_model(setting: Setting, weights: dict[str, Tensor]) -> LeNet5:
-    _require(isinstance(weights, dict), f"its weights are a {type(weights).__name__}, not a dict")
-    with torch.device("meta"):  # shapes without memory, and without drawing weights
-        model = _network(setting)
-    expected = model.state_dict()
-    wrong = sorted(map(str, expected.keys() ^ weights.keys()))
-    _require(not wrong, f"it is of another network: it lacks, or has unknown, {', '.join(wrong)}")
-    for key, want in expected.items():
-        tensor = weights[key]
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        _require(
-            plain and (tensor.shape, tensor.dtype) == (want.shape, want.dtype),
-            f"{key} is not a tensor of shape {tuple(want.shape)} and type {want.dtype}",
-        )
+    model = build_model(setting)
+    model.load_state_dict(weights)  # raises for other names, shapes or kinds
+    for key, tensor in model.state_dict().items():
         _require(bool(tensor.isfinite().all()), f"{key} holds NaN or infinite values")
         right = not key.endswith("running_var") or bool((tensor >= 0).all())
         _require(right, f"{key} holds negative variances")
-    model.load_state_dict({key: weights[key].clone() for key in expected}, assign=True)
-    return model.to(memory_format=torch.channels_last).eval()
+    return model.eval()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
     """Write a temporary file beside path, flush it to disk, and rename it to path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with open(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, 0o644)
         os.replace(part, path)
+    except OSError as error:
+        reason = f"{path} cannot be written ({error.strerror}); free space or name another file"
+        raise CheckpointError(reason) from error
     finally:
-        Path(part).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def reevaluate(checkpoint: Checkpoint, splits: dict[str, Split], recorded=None) -> pd.DataFrame:
@@ -730,16 +701,14 @@ def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
     are stays as it is.
 
     Safe against other processes that add to the same file, and against interruption.
-    Raises ValueError where the file is no table or lacks the keys, OSError where it cannot be
-    written.
+    Raises ValueError where the file is no table or lacks the keys, CheckpointError where it
+    cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}.lock"):
         if path.exists():
             old = read_table(path, keys)
-            new = set(rows[keys].itertuples(index=False, name=None))
-            there = old[keys].apply(tuple, axis=1).isin(new)
+            there = old.set_index(keys).index.isin(rows.set_index(keys).index)
             same = old[there].reindex(columns=rows.columns).reset_index(drop=True)
             if same.equals(rows.reset_index(drop=True)):
                 return
@@ -789,31 +758,33 @@ def train_many(
         is a failure of the job.
 
     Returns the checkpoints in the order of jobs. A job that fails is reported at once, the
-    others go on, and its place in the list holds the exception.
+    others go on, and its place in the list holds the exception. A process of this machine that
+    is killed ends all jobs that are not finished; a second call of train_and_save goes on.
     Processes are spawned: a script calls this under if __name__ == "__main__". An interrupt
     cancels the jobs not yet begun, and ends those that processes of this machine run.
     Raises ValueError for workers below 1 and, with the processes of this machine, what
     load_fashion_mnist raises; with another executor that is a failure of the jobs.
     """
     _require(workers is None or workers >= 1, f"workers is {workers}; expected 1 or more")
-    jobs, results = list(jobs), {}
+    jobs, results, epochs_file = list(jobs), {}, None
+    if not jobs:
+        return []
     total = sum(config.epochs for _, config in jobs)
     with contextlib.ExitStack() as stack:
-        epochs_file = None
-        if executor is None and jobs:
+        if executor is None:
             if splits is None:
                 load_fashion_mnist(root)  # one download, or one error, not one in each worker
             cores = os.cpu_count() if find_device().type == "cpu" else 1
             folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             epochs_file = os.path.join(stack.enter_context(folder), "epochs")
             executor = stack.enter_context(_processes(min(len(jobs), workers or cores)))
-        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None if jobs else True))
-        with _ctrl_c_ignored() if epochs_file else contextlib.nullcontext():
-            pending = {
-                executor.submit(_run_job, job, splits, str(root), measure, epochs_file): index
-                for index, job in enumerate(jobs)
-            }
-        stack.callback(lambda: [future.cancel() for future in pending])  # after an interrupt
+        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
+        pending = {
+            executor.submit(_run_job, job, splits, str(root), measure, epochs_file): index
+            for index, job in enumerate(jobs)
+        }
+        # Where an exception leaves, what has not begun does not begin.
+        stack.callback(lambda: [future.cancel() for future in pending])
         while pending:
             for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 index = pending.pop(future)
@@ -854,6 +825,12 @@ def _processes(workers: int):
     before = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    for _ in range(workers):
+        pool.submit(int)  # starts a process that inherits to be deaf to Ctrl-C while it imports
+    if main:
+        signal.signal(signal.SIGINT, handler)
     try:
         yield pool
         pool.shutdown()
@@ -875,19 +852,6 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _ctrl_c_ignored():
-    """Processes started inside inherit that Ctrl-C is not for them, while they import too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def checkpoint_path(folder: str | Path, name: str, seed: int = 0) -> Path:
     """Where a run of a setting is saved: the first seed under the setting's own name."""
     return Path(folder) / (f"{name}.pt" if seed == 0 else f"{name}-seed{seed}.pt")
@@ -895,10 +859,9 @@ def checkpoint_path(folder: str | Path, name: str, seed: int = 0) -> Path:
 
 def result_row(checkpoint: Checkpoint) -> dict:
     """The row of results.csv: setting, seed, kept epoch, accuracies as fractions, seconds."""
-    row = {"setting": checkpoint.setting.name, "seed": checkpoint.config.seed}
-    row["epoch"] = checkpoint.epoch
-    row |= {f"{name}_accuracy": value.accuracy for name, value in checkpoint.metrics.items()}
-    return row | {"seconds": checkpoint.seconds}
+    run = {"setting": checkpoint.setting.name, "seed": checkpoint.config.seed}
+    found = {f"{name}_accuracy": value.accuracy for name, value in checkpoint.metrics.items()}
+    return {**run, "epoch": checkpoint.epoch, **found, "seconds": checkpoint.seconds}
 
 
 def _require_writable(folder: Path) -> None:
@@ -982,11 +945,9 @@ def _search_row(setting: Setting, config: TrainConfig) -> dict:
 
 
 def _search_job(row: dict) -> tuple[Setting, TrainConfig]:
-    parts = [
-        {f.name: row[f.name] for f in fields(kind) if f.name in row}
-        for kind in (Setting, TrainConfig)
-    ]
-    return Setting(row["setting"], row["setting"], **parts[0]), TrainConfig(**parts[1])
+    row = row | {"name": row["setting"], "label": row["setting"], "split_seed": 0}
+    kinds = Setting, TrainConfig
+    return tuple(kind(**{f.name: row[f.name] for f in fields(kind)}) for kind in kinds)
 
 
 def search(
@@ -1007,15 +968,16 @@ def search(
         table = read_table(path, [*SEARCH_COLUMNS, "val_accuracy"])
         done = {_search_job(row) for row in table.dropna(subset="val_accuracy").to_dict("records")}
     rows = read_table(plan, ["questions", *SEARCH_COLUMNS]).to_dict("records")
-    plan = {_search_job(row): row["questions"] for row in rows}
+    questions = {_search_job(row): row["questions"] for row in rows}
     _require_writable(Path(path).parent)
 
     def record(run: Checkpoint) -> None:
-        row = {"questions": plan[run.setting, run.config], **_search_row(run.setting, run.config)}
+        job = run.setting, run.config
+        row = {"questions": questions[job], **_search_row(*job)}
         row |= {"val_accuracy": run.metrics["val"].accuracy, "seconds": run.seconds}
         add_rows(path, pd.DataFrame([row]), SEARCH_COLUMNS)
 
-    missing = [job for job in plan if job not in done]
+    missing = [job for job in questions if job not in done]
     runs = train_many(missing, executor, measure=("val",), on_finish=record, **options)
     failed = sum(isinstance(run, Exception) for run in runs)
     _require(not failed, f"{failed} of {len(runs)} runs failed; the others are in {path}")
@@ -1358,8 +1320,8 @@ def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
     at = _search_ticks(ax, x, sorted(set(runs[x])))
     lines = runs.groupby([*names, "schedule"], sort=False)
     for ((*values, schedule), line), (color, marker) in zip(lines, itertools.cycle(OTHER_STYLES)):
-        both = runs[(runs[names] == values).all(axis=1)].schedule.nunique() > 1
-        words = [*map(_words, names, values), _words("schedule", schedule) if both else ""]
+        schedules = runs[(runs[names] == values).all(axis=1)].schedule.nunique()
+        words = [*map(_words, names, values), _words("schedule", schedule) * (schedules > 1)]
         label = textwrap.fill(", ".join(filter(None, words)), 20, break_on_hyphens=False)
         color = COLORS[values[0]] if "setting" in names else color
         style = "-" if schedule == TrainConfig().schedule else "--"
@@ -1368,10 +1330,11 @@ def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
         ax.plot([], [], label=label, **look)
         ax.plot(means.index.map(at), means, **look | {"marker": "_", "ms": 7})
         ax.plot(line[x].map(at), 100 * line.val_accuracy, **look | {"ls": ""})
-        own = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
-        same = names if x == "norm_place" else [*names, "schedule"]  # the place: a first look
-        if all(own[key] == line[key].iloc[0] for key in same) and own[x] in means.index:
-            ax.plot(at[own[x]], means[own[x]], "o", mfc="none", mec="black", ms=9, mew=0.7)
+        chosen = _search_row(SETTINGS[line.setting.iloc[0]], TrainConfig())
+        # Places of batch norm were compared with another schedule than the one chosen.
+        same = names if x == "norm_place" else [*names, "schedule"]
+        if all(chosen[key] == line[key].iloc[0] for key in same) and chosen[x] in means.index:
+            ax.plot(at[chosen[x]], means[chosen[x]], "o", mfc="none", mec="black", ms=9, mew=0.7)
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1.05)}  # beside the panel
     ax.legend(fontsize=7, handlelength=1.6, labelspacing=0.25, frameon=False, **place)
 
@@ -1451,7 +1414,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--data", default="data", metavar="FOLDER",
                       help="where Fashion-MNIST is, or is downloaded to (%(default)s)")
     workers = argparse.ArgumentParser(add_help=False)
-    workers.add_argument("--workers", type=int, metavar="N", help="runs at a time (one per core)")
+    workers.add_argument("--workers", type=int, metavar="N",
+                         help="runs at a time, each of about 1 GB (one per core)")
 
     def add(run, name, text, *parents):
         examples = [line for line in EXAMPLES.splitlines() if f"dl_utils.py {name}" in line]
@@ -1459,31 +1423,26 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.",
                                       epilog=epilog, parents=parents, **form)
         command.set_defaults(run=run)
-        return command
+        return command.add_argument
 
-    train = add(_train_command, "train", "train settings from scratch", data, workers)
-    train.add_argument("settings", nargs="+", metavar="SETTING",
-                       help=f"{', '.join(SETTINGS)}, or all")
-    train.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
-                       help="train each setting once with each of these seeds (0)")
-    train.add_argument("--epochs", type=int, default=TrainConfig.epochs, metavar="N",
-                       help="length of training (%(default)s)")
-    train.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, metavar="N",
-                       help="images per step (%(default)s)")
-    train.add_argument("--lr", type=float, metavar="X",
-                       help="highest learning rate (the setting's own)")
-    train.add_argument("--out", default="runs", metavar="FOLDER",
-                       help="where to write (%(default)s)")
-    train.add_argument("--overwrite", action="store_true",
-                       help="train again what is there already")
+    option = add(_train_command, "train", "train settings from scratch", data, workers)
+    option("settings", nargs="+", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
+    option("--seeds", type=int, nargs="+", default=[0], metavar="N",
+           help="train each setting once with each of these seeds (0)")
+    option("--epochs", type=int, default=TrainConfig.epochs, metavar="N",
+           help="length of training (%(default)s)")
+    option("--batch-size", type=int, default=TrainConfig.batch_size, metavar="N",
+           help="images per step (%(default)s)")
+    option("--lr", type=float, metavar="X", help="highest learning rate (the setting's own)")
+    option("--out", default="runs", metavar="FOLDER", help="where to write (%(default)s)")
+    option("--overwrite", action="store_true", help="train again what is there already")
     text = "measure saved weights, and exit with 1 if accuracies differ from those recorded"
-    test = add(_test_command, "test", text, data)
-    test.add_argument("path", nargs="?", default="weights", help="a .pt file, or a folder with "
-                      "results.csv and the files of seed 0 (%(default)s)")
+    option = add(_test_command, "test", text, data)
+    option("path", nargs="?", default="weights",
+           help="a .pt file, or a folder with results.csv and the files of seed 0 (%(default)s)")
     text = "run what is missing of the hyperparameter search"
-    search = add(_search_command, "search", text, data, workers)
-    search.add_argument("--out", default="weights/search.csv", metavar="FILE",
-                        help="the table to add to (%(default)s)")
+    option = add(_search_command, "search", text, data, workers)
+    option("--out", default=SEARCH_FILE, metavar="FILE", help="the table to add to (%(default)s)")
     # fmt: on
     return parser
 
