@@ -236,8 +236,8 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
     except Exception as error:  # of the file system, of the network, of a checksum
         reason = str(error).strip().split("\n")[-1]
         raise FileNotFoundError(
-            f"Fashion-MNIST is not in {raw} and cannot be put there ({reason}); copy the four "
-            f"files {', '.join(f'{name}.gz' for name in RAW_FILES)} there"
+            f"Fashion-MNIST is missing or damaged in {raw} and cannot be put there ({reason}); "
+            f"copy the four files {', '.join(f'{name}.gz' for name in RAW_FILES)} there"
         ) from error
     for name, digest in RAW_FILES.items():
         path, mend = raw / name, "delete it, and it is made anew"
@@ -720,9 +720,11 @@ def read_table(path: str | Path, columns=()) -> pd.DataFrame:
     """Read a CSV file of add_rows, floats to the last digit.
 
     Raises FileNotFoundError where there is none, ValueError where it is no table, lacks
-    columns, or has text in place of accuracies.
+    columns, or has other values than those of their type.
     """
     types = {"setting": str} | dict.fromkeys(ACCURACIES, float)
+    types |= {key: kind for key, (kind, *_) in RANGES.items()}
+    types |= {key: bool for key, allowed in CHOICES.items() if True in allowed}
     options = {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
     mend = "move it out of the way, or name another file"
     try:
@@ -910,9 +912,13 @@ def train_and_save(
         if path.exists() and not overwrite:
             runs[job] = old = load_checkpoint(path)
             if (old.setting, old.config) != job:
+                found = old.setting, old.config or TrainConfig()
+                now, then = ({**vars(a), **vars(b)} for a, b in (job, found))
+                other = [key for key in now if key != "label" and now[key] != then[key]]
+                pairs = ", ".join(f"{key} {then[key]}, not {now[key]}" for key in other)
                 raise CheckpointError(
-                    f"{path} exists already, trained with other hyperparameters; choose another "
-                    "folder, or allow overwriting (--overwrite)"
+                    f"{path} exists already, trained with other hyperparameters ({pairs}); choose "
+                    "another folder, delete it, or allow overwriting (--overwrite)"
                 )
     for run in runs.values():
         record(run)  # its rows may be missing
@@ -963,11 +969,15 @@ def search(
     be read or used, and at the end if a run failed (the others are in the table); and what
     train_many raises.
     """
-    done = {}
+    done = set()
     if Path(path).exists():
         table = read_table(path, [*SEARCH_COLUMNS, "val_accuracy"])
         done = {_search_job(row) for row in table.dropna(subset="val_accuracy").to_dict("records")}
     rows = read_table(plan, ["questions", *SEARCH_COLUMNS]).to_dict("records")
+    for row in rows:
+        known = row["setting"] in SETTINGS and {*str(row["questions"]).split("; ")} <= {*QUESTIONS}
+        pair = f"{row['questions']!r}, {row['setting']!r}"
+        _require(known, f"{plan} has a row of {pair}; expected keys of QUESTIONS and of SETTINGS")
     questions = {_search_job(row): row["questions"] for row in rows}
     _require_writable(Path(path).parent)
 
@@ -1243,7 +1253,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     history: the table history.csv. names: of the settings to show, by default all there are.
     """
     names = names or _settings_in(history)
-    figure, axes = _panels(axes, len(names), 2, 2.15, sharex=True, sharey=True)
+    figure, axes = _panels(axes, len(names), 2, 2.1, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
         wide = epochs.pivot(index="epoch", columns=["split", "seed"], values="accuracy")
@@ -1336,7 +1346,7 @@ def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
         if all(chosen[key] == line[key].iloc[0] for key in same) and chosen[x] in means.index:
             ax.plot(at[chosen[x]], means[chosen[x]], "o", mfc="none", mec="black", ms=9, mew=0.7)
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1.05)}  # beside the panel
-    ax.legend(fontsize=7, handlelength=1.6, labelspacing=0.25, frameon=False, **place)
+    ax.legend(fontsize=7, handlelength=2.2, labelspacing=0.25, frameon=False, **place)
 
 
 def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
@@ -1350,7 +1360,7 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
     axis = {"lr": "learning rate", "norm_place": "place in the block"}
     axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
     order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
-    figure, axes = _panels(axes, len(questions), 2, 1.65)
+    figure, axes = _panels(axes, len(questions), 2, 1.58)
     for ax, question in zip(axes, questions):
         x, names = QUESTIONS[question]
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
@@ -1455,13 +1465,15 @@ def _train_command(args) -> int:
     size = {"epochs": args.epochs, "batch_size": args.batch_size}
     configs = [TrainConfig(seed=seed, **size) for seed in args.seeds]
     jobs = [(setting, config) for config in configs for setting in settings]
+    paths = [checkpoint_path(args.out, setting.name, config.seed) for setting, config in jobs]
+    kept = {path for path in paths if path.exists() and not args.overwrite}
     options = {"root": args.data, "workers": args.workers}
     runs = train_and_save(jobs, args.out, args.overwrite, **options)
-    for run in runs:
+    for path, run in dict(zip(paths, runs)).items():
         if isinstance(run, Checkpoint):
-            path = checkpoint_path(args.out, run.setting.name, run.config.seed)
+            there = "was there already (--overwrite trains it again), " if path in kept else ""
             accuracies = ", ".join(f"{k} {percent(v.accuracy)} %" for k, v in run.metrics.items())
-            print(f"{path}: epoch {run.epoch} kept, {accuracies}, {run.seconds:.0f} s")
+            print(f"{path}: {there}epoch {run.epoch} kept, {accuracies}, {run.seconds:.0f} s")
     return 2 if any(isinstance(run, Exception) for run in runs) else 0
 
 
@@ -1473,8 +1485,10 @@ def _test_command(args) -> int:
         table = read_table(reference, [*RUN, *ACCURACIES])
         table = table[table.seed == 0].set_index("setting")[[*ACCURACIES]]
         rows = table.rename(columns=ACCURACIES).to_dict("index")
-        recorded = {checkpoint_path(path, name): rows[name] for name in SETTINGS if name in rows}
-        _require(recorded, f"{reference} has no run of seed 0; expected one for each setting")
+        files = {name: checkpoint_path(path, name) for name in SETTINGS}
+        names = [name for name in SETTINGS if name in rows or files[name].exists()]
+        recorded = {files[name]: rows.get(name, {}) for name in names}
+        _require(rows, f"{reference} has no run of seed 0; expected one for each setting")
     load = functools.cache(functools.partial(load_fashion_mnist, args.data))
     rows, verdicts = [], []
     for file, accuracies in recorded.items():

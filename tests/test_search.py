@@ -56,6 +56,14 @@ def test_a_plan_that_cannot_be_run_is_said_before_any_run(tmp_path):
     for old, new, sentence in (
         ("relu", "gelu", "activation is 'gelu'; expected one of relu, tanh"),
         ("questions", "question", "plan.csv lacks the columns questions; move it"),
+        ("Learning rate", "Learning Rate", "plan.csv has a row of 'Learning Rate', 'dropout'; exp"),
+        (
+            "rate,dropout",
+            "rate,droput",
+            "plan.csv has a row of 'Learning rate', 'droput'; expected keys",
+        ),
+        (",16,", ",,", "plan.csv is not a table .Integer column has NA values"),
+        (",False,", ",no,", "plan.csv is not a table "),
     ):
         plan.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=sentence):
@@ -226,4 +234,4 @@ def test_what_was_chosen_was_searched(table):
         keys = dl._search_row(setting, dl.TrainConfig())
         same = [key for key in keys if key != "seed"]
         runs = table[(table[same] == [keys[key] for key in same]).all(axis=1)]
-        assert len(runs) >= 3, setting.name
+        assert len(runs) >= 3, f"weights/search.csv needs {setting.name} with its values, 3 seeds"
