@@ -212,7 +212,7 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         sentence = f"this machine cannot use the device {device!r}; its own is {find_device()}"
         raise ValueError(sentence) from error
 
@@ -307,10 +307,10 @@ class LeNet5(nn.Module):
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
         norm1d = nn.BatchNorm1d if batch_norm and norm_layers == "all" else nn.Identity
 
-        def block(number: int, **layers: nn.Module) -> dict[str, nn.Module]:
-            layers["act"] = ACTIVATIONS[activation]()
+        def block(number: int, **parts: nn.Module) -> dict[str, nn.Module]:
+            parts["act"] = ACTIVATIONS[activation]()
             return {
-                f"{key}{number}": layers[key] for key in BLOCK_ORDERS[norm_place] if key in layers
+                f"{key}{number}": parts[key] for key in BLOCK_ORDERS[norm_place] if key in parts
             }
 
         layers = {
@@ -333,6 +333,11 @@ class LeNet5(nn.Module):
         return self.layers(images)
 
 
+def _network(setting: Setting) -> LeNet5:
+    arguments = inspect.signature(LeNet5).parameters
+    return LeNet5(**{key: getattr(setting, key) for key in arguments})
+
+
 def _seed_of(use: str, seed: int) -> int:
     """A seed for one use of randomness; no two uses of any two seeds share one."""
     return 3 * seed + ("weights", "batches", "dropout").index(use)
@@ -340,11 +345,10 @@ def _seed_of(use: str, seed: int) -> int:
 
 def build_model(setting: Setting, seed: int = 0) -> LeNet5:
     """LeNet-5 as the setting wants it. Settings of one seed start from the same weights."""
-    arguments = {key: getattr(setting, key) for key in inspect.signature(LeNet5).parameters}
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which seeds a GPU as well: fork_rng would not restore that.
         torch.random.default_generator.manual_seed(_seed_of("weights", seed))
-        model = LeNet5(**arguments)
+        model = _network(setting)
     return model.to(memory_format=torch.channels_last)  # faster, the same function
 
 
@@ -467,8 +471,8 @@ def _check_training(setting: Setting, splits: dict[str, Split], config: TrainCon
 
 @contextlib.contextmanager
 def _reproducibly(device: torch.device):
-    """One thread, and random numbers that leave the global generator alone: the same bits
-    whatever the number of cores, and no crowding among workers."""
+    """One thread, and random numbers that leave the CPU's global generator alone: the same
+    bits whatever the number of cores, and no crowding among workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -507,8 +511,9 @@ def train(
     _require(needed.keys() <= splits.keys(), sentence)
     splits = {name: splits[name].to(device) for name in needed}
     _check_training(setting, splits, config)
-    rows, kept, start = [], None, time.perf_counter()
+    rows, kept = [], None
     with _TRAINING, _reproducibly(device):
+        start = time.perf_counter()
         model = build_model(setting, config.seed).to(device)
         optimizer = make_optimizer(model, setting, config)
         steps = config.epochs * math.ceil(len(splits["train"].labels) / config.batch_size)
@@ -646,13 +651,14 @@ def _from_bytes(data: bytes) -> Checkpoint:
 
 
 def _load_model(setting: Setting, weights: dict[str, Tensor]) -> LeNet5:
-    model = build_model(setting)
-    model.load_state_dict(weights)  # raises for other names, shapes or kinds
+    with torch.device("meta"):  # draws nothing: another thread may be drawing dropout masks
+        model = _network(setting)
+    model.to_empty(device="cpu").load_state_dict(weights)  # raises for other names or shapes
     for key, tensor in model.state_dict().items():
         _require(bool(tensor.isfinite().all()), f"{key} holds NaN or infinite values")
         right = not key.endswith("running_var") or bool((tensor >= 0).all())
         _require(right, f"{key} holds negative variances")
-    return model.eval()
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -701,8 +707,8 @@ def add_rows(path: str | Path, rows: pd.DataFrame, keys: list[str]) -> None:
     are stays as it is.
 
     Safe against other processes that add to the same file, and against interruption.
-    Raises ValueError where the file is no table or lacks the keys, CheckpointError where it
-    cannot be written.
+    Raises ValueError where the file is no table or lacks the keys, CheckpointError or OSError
+    where it cannot be written.
     """
     path = Path(path)
     with FileLock(path.parent / f".{path.name}.lock"):
@@ -720,7 +726,7 @@ def read_table(path: str | Path, columns=()) -> pd.DataFrame:
     """Read a CSV file of add_rows, floats to the last digit.
 
     Raises FileNotFoundError where there is none, ValueError where it is no table, lacks
-    columns, or has other values than those of their type.
+    columns, or holds a value of the wrong type.
     """
     types = {"setting": str} | dict.fromkeys(ACCURACIES, float)
     types |= {key: kind for key, (kind, *_) in RANGES.items()}
@@ -754,7 +760,8 @@ def train_many(
 
     executor: any concurrent.futures.Executor; by default processes of this machine.
     workers: how many of these; by default as many as there are cores, one on a GPU.
-    splits: the data; by default each worker reads Fashion-MNIST from root, once.
+    splits: the data; by default each worker reads Fashion-MNIST from root, once while the
+        split_seed of its jobs stays the same.
     measure: as in train; training then sees no other splits than these, train and val.
     on_finish: called in this process with each Checkpoint as soon as it is there; what it raises
         is a failure of the job.
@@ -781,12 +788,12 @@ def train_many(
             epochs_file = os.path.join(stack.enter_context(folder), "epochs")
             executor = stack.enter_context(_processes(min(len(jobs), workers or cores)))
         bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
-        pending = {
-            executor.submit(_run_job, job, splits, str(root), measure, epochs_file): index
-            for index, job in enumerate(jobs)
-        }
+        pending = {}
         # Where an exception leaves, what has not begun does not begin.
         stack.callback(lambda: [future.cancel() for future in pending])
+        for index, job in enumerate(jobs):
+            future = executor.submit(_run_job, job, splits, str(root), measure, epochs_file)
+            pending[future] = index
         while pending:
             for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 index = pending.pop(future)
@@ -962,12 +969,12 @@ def search(
     """Run what is missing of the search and add each finished run to the table at path.
 
     plan: a table with the same columns, one row for each run to make: the questions that it
-    helps to answer, keys of QUESTIONS, and SEARCH_COLUMNS. A run is missing where path has no
-    val_accuracy (of the best epoch) for it. Only the train and val splits reach training.
-    options go to train_many. Returns the table.
-    Raises ValueError, before any run, where the folder cannot be written to or a table cannot
-    be read or used, and at the end if a run failed (the others are in the table); and what
-    train_many raises.
+    helps to answer (keys of QUESTIONS, joined by "; "), and SEARCH_COLUMNS. A run is missing
+    where path has no val_accuracy (of the best epoch) for it. Only the train and val splits
+    reach training. options go to train_many. Returns the table.
+    Raises FileNotFoundError where there is no plan; ValueError, before any run, where the folder
+    cannot be written to or a table cannot be read or used, and at the end if a run failed (the
+    others are in the table); and what train_many raises.
     """
     done = set()
     if Path(path).exists():
@@ -1469,7 +1476,7 @@ def _train_command(args) -> int:
     kept = {path for path in paths if path.exists() and not args.overwrite}
     options = {"root": args.data, "workers": args.workers}
     runs = train_and_save(jobs, args.out, args.overwrite, **options)
-    for path, run in dict(zip(paths, runs)).items():
+    for path, run in zip(paths, runs):
         if isinstance(run, Checkpoint):
             there = "was there already (--overwrite trains it again), " if path in kept else ""
             accuracies = ", ".join(f"{k} {percent(v.accuracy)} %" for k, v in run.metrics.items())
@@ -1484,11 +1491,12 @@ def _test_command(args) -> int:
         reference = path / "results.csv"
         table = read_table(reference, [*RUN, *ACCURACIES])
         table = table[table.seed == 0].set_index("setting")[[*ACCURACIES]]
-        rows = table.rename(columns=ACCURACIES).to_dict("index")
+        right = table.index.is_unique and set(table.index) & SETTINGS.keys()
+        _require(right, f"{reference} should have one row of seed 0 for each setting to measure")
+        known = table.rename(columns=ACCURACIES).to_dict("index")
         files = {name: checkpoint_path(path, name) for name in SETTINGS}
-        names = [name for name in SETTINGS if name in rows or files[name].exists()]
-        recorded = {files[name]: rows.get(name, {}) for name in names}
-        _require(rows, f"{reference} has no run of seed 0; expected one for each setting")
+        names = [name for name in SETTINGS if name in known or files[name].exists()]
+        recorded = {files[name]: known.get(name, {}) for name in names}
     load = functools.cache(functools.partial(load_fashion_mnist, args.data))
     rows, verdicts = [], []
     for file, accuracies in recorded.items():
@@ -1496,16 +1504,16 @@ def _test_command(args) -> int:
         found = checkpoint.setting.name
         right = accuracies is None or found == file.stem
         _require(right, f"{file} holds the setting {found}; expected {file.stem}")
-        split_seed = checkpoint.config.split_seed if checkpoint.config else 0
+        bare = checkpoint.config is None
+        split_seed = 0 if bare else checkpoint.config.split_seed
         table = reevaluate(checkpoint, load(split_seed), accuracies)
         measured = dict(zip(table.split + " %", table.measured.map(percent)))
         rows.append({"setting": checkpoint.setting.label, **measured})
-        compared = bool(accuracies or checkpoint.metrics)
-        for row in table[~table.agrees].itertuples() if compared else ():
+        for row in table[~table.agrees].itertuples():
             pair = f"measured {percent(row.measured)} %, recorded {percent(row.recorded)} %"
             verdicts.append(f"{file}, {row.split}: {pair}")
     print(pd.DataFrame(rows).to_string(index=False))
-    if not compared:
+    if bare:  # never in a folder, where a file holds the setting of its name
         print(
             f"{path} records nothing to compare with. Bare weights are taken for those of a "
             "network with ReLU, maximum pooling and batch norm, if any, after the activation."

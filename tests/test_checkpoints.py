@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -252,6 +253,8 @@ def test_loading_leaves_the_global_generator_alone(good, tmp_path):
     before = torch.get_rng_state()
     loaded = dl.load_checkpoint(tmp_path / "good.pt")
     assert torch.equal(before, torch.get_rng_state())
+    with mock.patch("torch.random.fork_rng", side_effect=AssertionError):  # seen by other threads
+        dl.load_checkpoint(tmp_path / "good.pt")
     assert loaded.model.layers.conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 

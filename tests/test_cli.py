@@ -209,7 +209,20 @@ TABLES = {
         lambda folder: (folder / "results.csv").write_text(
             "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,3,0.9,0.9,0.9\n"
         ),
-        "results.csv has no run of seed 0; expected one for each setting",
+        "results.csv should have one row of seed 0 for each setting to measure",
+    ),
+    "two rows of one run": (
+        lambda folder: (folder / "results.csv").write_text(
+            "setting,seed,train_accuracy,val_accuracy,test_accuracy\n"
+            + 2 * "baseline,0,0.9,0.9,0.9\n"
+        ),
+        "results.csv should have one row of seed 0 for each setting to measure",
+    ),
+    "no row of a setting that there is": (
+        lambda folder: (folder / "results.csv").write_text(
+            "setting,seed,train_accuracy,val_accuracy,test_accuracy\nother,0,0.9,0.9,0.9\n"
+        ),
+        "results.csv should have one row of seed 0 for each setting to measure",
     ),
     "a file is missing": (lambda folder: (folder / "dropout.pt").unlink(), "dropout.pt does not"),
     "one file in place of another": (swap, "dropout.pt holds the setting baseline; expected drop"),

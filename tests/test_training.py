@@ -353,6 +353,37 @@ def test_a_result_that_cannot_be_kept_does_not_end_the_others(splits, config, ca
     assert "baseline, seed 0, failed: disk full" in capsys.readouterr().err
 
 
+class Interrupted(ThreadPoolExecutor):
+    """Ctrl-C comes while the third job is handed to it."""
+
+    jobs = 0
+
+    def submit(self, *arguments):
+        self.jobs += 1
+        if self.jobs == 3:
+            raise KeyboardInterrupt
+        return super().submit(*arguments)
+
+
+def test_an_interrupt_while_jobs_are_handed_out_cancels_those_not_yet_begun(
+    splits, config, trained, monkeypatch
+):
+    begun, interrupted = [], threading.Event()
+
+    def stub(setting, *_, **__):
+        begun.append(setting.name)
+        interrupted.wait(20)
+        return trained[setting.name]
+
+    monkeypatch.setattr(dl_utils, "train", stub)
+    with Interrupted(1) as executor:
+        with pytest.raises(KeyboardInterrupt):
+            jobs = [(setting, config) for setting in SETTINGS.values()]
+            train_many(jobs, executor, splits=splits)
+        interrupted.set()
+    assert len(begun) <= 1
+
+
 def test_a_result_is_kept_while_the_next_job_trains(splits, config, trained, monkeypatch):
     kept = threading.Event()
 
