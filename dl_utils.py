@@ -243,6 +243,9 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
         path, mend = raw / name, "delete it, and it is made anew"
         try:
             data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                with FileLock(raw / ".lock"):  # another process may be unpacking it
+                    data = path.read_bytes()
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); {mend}") from error
         right = hashlib.sha256(data).hexdigest() == digest
@@ -499,8 +502,8 @@ def train(
     splits must hold "train" and "val". After every epoch val and what measure names (by default
     all of splits) are measured in evaluation mode; other splits are not touched. device: by
     default the one of find_device. progress is called without arguments after every epoch.
-    On the CPU training runs on one thread and gives the same bits every time; calls from several
-    threads wait for each other.
+    On the CPU training runs on one thread and gives the same bits every time, unless another
+    thread draws from torch's generator meanwhile; calls from several threads wait for each other.
     Raises ValueError for splits, a batch size or a device that cannot be trained on, and after
     the first epoch whose validation loss is not finite.
     """
@@ -738,7 +741,7 @@ def read_table(path: str | Path, columns=()) -> pd.DataFrame:
     except FileNotFoundError as error:
         reason = f"{path} does not exist; expected a table that this program wrote"
         raise FileNotFoundError(reason) from error
-    except (OSError, ValueError) as error:  # a folder, not ours to read, empty, ragged, binary
+    except (OSError, ValueError, OverflowError) as error:  # a folder, empty, ragged, binary
         reason = getattr(error, "strerror", None) or str(error).strip()
         raise ValueError(f"{path} is not a table ({reason}); {mend}") from error
     missing = ", ".join(column for column in columns if column not in table)
@@ -836,11 +839,13 @@ def _processes(workers: int):
     pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
     main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    for _ in range(workers):
-        pool.submit(int)  # starts a process that inherits to be deaf to Ctrl-C while it imports
-    if main:
-        signal.signal(signal.SIGINT, handler)
     try:
+        try:
+            for _ in range(workers):
+                pool.submit(int)  # starts a process, which inherits to be deaf to Ctrl-C
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, handler)
         yield pool
         pool.shutdown()
     except BaseException:

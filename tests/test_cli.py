@@ -205,6 +205,13 @@ TABLES = {
         ),
         "results.csv is not a table (could not convert string to float: 'high')",
     ),
+    "a number too large": (
+        lambda folder: (folder / "results.csv").write_text(
+            "setting,seed,train_accuracy,val_accuracy,test_accuracy\n"
+            f"baseline,{10**30},0.9,0.9,0.9\n"
+        ),
+        "results.csv is not a table (",
+    ),
     "no row of seed 0": (
         lambda folder: (folder / "results.csv").write_text(
             "setting,seed,train_accuracy,val_accuracy,test_accuracy\nbaseline,3,0.9,0.9,0.9\n"

@@ -3,12 +3,15 @@
 import gzip
 import os
 import shutil
+import threading
+import time
 import urllib.request
 from urllib.error import URLError
 
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from torchvision.datasets import FashionMNIST
 
 import dl_utils as dl
@@ -125,6 +128,26 @@ def test_unpacked_files_are_checked(copy, name, damage):
     path.unlink()
     if damage == "altered":
         assert len(dl.load_fashion_mnist(copy.parent.parent)["train"].labels) == 55_000
+
+
+def test_a_file_that_another_process_is_unpacking_is_waited_for(copy):
+    path = copy / "t10k-labels-idx1-ubyte"
+    data = path.read_bytes()
+    path.write_bytes(data[:99])
+
+    holds = threading.Event()
+
+    def unpack():
+        with FileLock(copy / ".lock"):
+            holds.set()
+            time.sleep(1)
+            path.write_bytes(data)
+
+    thread = threading.Thread(target=unpack)
+    thread.start()
+    assert holds.wait(20)
+    assert len(dl.load_fashion_mnist(copy.parent.parent)["test"].labels) == 10_000
+    thread.join()
 
 
 def test_a_folder_in_the_place_of_a_file(copy):

@@ -1,5 +1,6 @@
 """Training and evaluation: what the numbers mean, and that they can be had again."""
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -446,6 +447,17 @@ def test_a_broken_table_is_said_before_training(config, tmp_path):
     with pytest.raises(ValueError, match="results.csv lacks the columns setting, seed"):
         train_and_save([(SETTINGS["baseline"], config)], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_workers_that_cannot_be_started_leave_ctrl_c_as_it_was(splits, config, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("too many open files")
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(dl_utils.ProcessPoolExecutor, "submit", refuse)
+    with pytest.raises(OSError, match="too many open files"):
+        train_many([(SETTINGS["baseline"], config)], splits=splits)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_train_many_of_nothing():
