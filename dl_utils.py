@@ -14,7 +14,6 @@ import copy
 import difflib
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -34,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pandas as pd
@@ -71,8 +71,8 @@ RANGES = {  # of the fields of Setting and TrainConfig that are numbers: type, l
     "lr": (float, 1e-6, math.inf),
     "epochs": (int, 1, math.inf),
     "batch_size": (int, 1, math.inf),
-    "seed": (int, 0, 2**30),
-    "split_seed": (int, 0, 2**30),
+    "seed": (int, 0, 2**32 // 3),  # a run uses three seeds, and torch takes 32 bits of one
+    "split_seed": (int, 0, 2**32),
 }
 CHOICES = {  # of their other fields
     "batch_norm": (False, True),
@@ -93,9 +93,12 @@ def _require(condition: bool, sentence: str) -> None:
 
 def _check_fields(record) -> None:
     for key, value in vars(record).items():
+        if key in ("name", "label"):
+            _require(isinstance(value, str), f"{key} is {value!r}; expected a string")
         if key in CHOICES:
             names = ", ".join(map(str, CHOICES[key]))
-            _require(value in tuple(CHOICES[key]), f"{key} is {value!r}; expected one of {names}")
+            right = isinstance(value, (str, bool)) and value in tuple(CHOICES[key])
+            _require(right, f"{key} is {value!r}; expected one of {names}")
         if key in RANGES:
             kind, least, below = RANGES[key]
             what = "a whole number" if kind is int else "a finite number"
@@ -243,12 +246,13 @@ def load_fashion_mnist(root: str | Path = "data", split_seed: int = 0) -> dict[s
         path, mend = raw / name, "delete it, and it is made anew"
         try:
             data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != digest:
+            right = hashlib.sha256(data).hexdigest() == digest
+            if not right:
                 with FileLock(raw / ".lock"):  # another process may be unpacking it
                     data = path.read_bytes()
+                right = hashlib.sha256(data).hexdigest() == digest
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); {mend}") from error
-        right = hashlib.sha256(data).hexdigest() == digest
         _require(right, f"{path} does not hold what Fashion-MNIST holds; {mend}")
         header = 16 if "images" in name else 8  # bytes, of the IDX format
         parts.append(torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header))
@@ -288,12 +292,15 @@ def _check_split(split: Split) -> None:
 # --------------------------------------------------------------------------------- model
 
 
+NETWORK = ("dropout", "batch_norm", "activation", "pooling", "norm_layers", "norm_place")
+
+
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) for 28 x 28 images: (N, 1, 28, 28) to logits (N, 10).
 
     61,706 parameters; batch normalization adds 2 for each channel or unit it normalizes. The
-    arguments are those of Setting. A technique that is off leaves an identity in its place, so
-    that every variant has the same layer names.
+    arguments are those of Setting; ValueError for a value out of its range. A technique that is
+    off leaves an identity in its place, so that every variant has the same layer names.
     """
 
     def __init__(
@@ -306,6 +313,8 @@ class LeNet5(nn.Module):
         norm_place: str = "after_activation",
     ):
         super().__init__()
+        network = (dropout, batch_norm, activation, pooling, norm_layers, norm_place)
+        _check_fields(SimpleNamespace(**dict(zip(NETWORK, network))))
         pool = POOLINGS[pooling]
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
         norm1d = nn.BatchNorm1d if batch_norm and norm_layers == "all" else nn.Identity
@@ -337,8 +346,7 @@ class LeNet5(nn.Module):
 
 
 def _network(setting: Setting) -> LeNet5:
-    arguments = inspect.signature(LeNet5).parameters
-    return LeNet5(**{key: getattr(setting, key) for key in arguments})
+    return LeNet5(**{key: getattr(setting, key) for key in NETWORK})
 
 
 def _seed_of(use: str, seed: int) -> int:
@@ -499,8 +507,8 @@ def train(
 ) -> Checkpoint:
     """Train one setting from scratch and keep the first epoch of highest validation accuracy.
 
-    splits must hold "train" and "val". After every epoch val and what measure names (by default
-    all of splits) are measured in evaluation mode; other splits are not touched. device: by
+    splits must hold "train" and "val". After every epoch all of them, or those named in measure,
+    val among them, are measured in evaluation mode, and no others are touched. device: by
     default the one of find_device. progress is called without arguments after every epoch.
     On the CPU training runs on one thread and gives the same bits every time, unless another
     thread draws from torch's generator meanwhile; calls from several threads wait for each other.
@@ -508,10 +516,11 @@ def train(
     the first epoch whose validation loss is not finite.
     """
     device = find_device(device)
-    measure = dict.fromkeys([*(splits if measure is None else measure), "val"])
-    needed = dict.fromkeys(["train", *measure])
+    measure = tuple(splits) if measure is None else measure
+    needed = dict.fromkeys(("train", "val", *measure))
     sentence = f"expected splits named {', '.join(needed)}; found {', '.join(splits)}"
     _require(needed.keys() <= splits.keys(), sentence)
+    _require("val" in measure, f"measure is {', '.join(measure)}; expected val among them")
     splits = {name: splits[name].to(device) for name in needed}
     _check_training(setting, splits, config)
     rows, kept = [], None
@@ -561,14 +570,19 @@ class CheckpointError(ValueError):
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, overwrite: bool = False) -> None:
     """Write a checkpoint of plain types, whole or not at all.
 
-    Raises CheckpointError where the file exists and overwrite is off, where it cannot be
-    written, and for a bare state_dict.
+    Raises CheckpointError where the file exists and overwrite is off, or cannot be written, or
+    where the checkpoint could not be read again, as that of a bare state_dict.
     """
     if checkpoint.config is None:
         raise CheckpointError("a bare state_dict has no history to save; use torch.save for it")
     if os.path.exists(path) and not overwrite:
         raise CheckpointError(f"{path} exists already; name another file or allow overwriting")
-    _write_atomically(Path(path), _to_bytes(checkpoint))
+    try:
+        _from_bytes(data := _to_bytes(checkpoint))
+    except Exception as error:  # of a field, a type or a tensor
+        reason = f"{path} is not written, as it could not be read again: {error}"
+        raise CheckpointError(reason) from error
+    _write_atomically(Path(path), data)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -658,6 +672,8 @@ def _load_model(setting: Setting, weights: dict[str, Tensor]) -> LeNet5:
         model = _network(setting)
     model.to_empty(device="cpu").load_state_dict(weights)  # raises for other names or shapes
     for key, tensor in model.state_dict().items():
+        found = getattr(weights.get(key), "dtype", None)
+        _require(found == tensor.dtype, f"{key} is of type {found}; expected {tensor.dtype}")
         _require(bool(tensor.isfinite().all()), f"{key} holds NaN or infinite values")
         right = not key.endswith("running_var") or bool((tensor >= 0).all())
         _require(right, f"{key} holds negative variances")
@@ -765,7 +781,7 @@ def train_many(
     workers: how many of these; by default as many as there are cores, one on a GPU.
     splits: the data; by default each worker reads Fashion-MNIST from root, once while the
         split_seed of its jobs stays the same.
-    measure: as in train; training then sees no other splits than these, train and val.
+    measure: as in train; training then sees no other splits than these and train.
     on_finish: called in this process with each Checkpoint as soon as it is there; what it raises
         is a failure of the job.
 
@@ -1124,10 +1140,12 @@ def settings_table() -> pd.DataFrame:
 
 
 def summary_table(results: pd.DataFrame, seed: int = 0, names=tuple(SETTINGS)) -> pd.DataFrame:
-    """The final train and test accuracy of one seed of each setting in names, in percent."""
+    """The final train and test accuracy of one seed of each setting in names, in percent.
+    Raises ValueError where one of them has runs, but not of that seed."""
     rows = []
     for name, runs in _runs_by_setting(results).items():
         if name in names:
+            _require(seed in runs.index, f"{name} has no run of seed {seed}")
             row = {"setting": SETTINGS[name].label, "train %": percent(runs.train_accuracy[seed])}
             rows.append(row | {"test %": percent(runs.test_accuracy[seed])})
     return pd.DataFrame(rows)
@@ -1153,8 +1171,11 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Mean over the seeds of the difference between two settings, and the half width of its
     95 % interval by Student's t (NaN for one seed), both as fractions. For more than 10 seeds
-    the interval is that of 9 degrees of freedom, a little too wide."""
+    the interval is that of 9 degrees of freedom, a little too wide. Raises ValueError where
+    results lack one of the two."""
     runs = _runs_by_setting(results)
+    known = {setting, other} <= runs.keys()
+    _require(known, f"expected runs of {setting} and {other}; found {', '.join(runs)}")
     pairs = (runs[setting][column] - runs[other][column]).dropna()
     count = len(pairs)
     half = T_975[min(count, 10) - 2] * pairs.std() / math.sqrt(count) if count > 1 else math.nan
@@ -1192,6 +1213,7 @@ def _panels(axes, count: int, columns: int, height: float, **options):
         figure = Figure(figsize=(7, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **options)
     axes = [axes] if hasattr(axes, "plot") else list(getattr(axes, "flat", axes))
+    _require(len(axes) >= count, f"found {len(axes)} axes; expected one for each of {count} panels")
     for ax in axes[count:]:
         ax.set_axis_off()
     return axes[0].figure, axes[:count]
@@ -1215,9 +1237,11 @@ def _show_image(ax, image: Tensor, title: str) -> None:
 
 
 def plot_examples(split: Split, axes=None):
-    """The first image of each class, on ten axes. Returns the figure, as all plots do."""
+    """The first image of each class, on ten axes. Returns the figure, as all plots do, and
+    raises ValueError for too few axes, as all plots do, or a class without an image."""
     figure, axes = _panels(axes, len(CLASSES), 5, 1.4)
     for label, ax in enumerate(axes):
+        _require(label in split.labels, f"the split has no image of class {label}")
         first = int((split.labels == label).nonzero()[0])
         _show_image(ax, split.images[first], f"{label} {CLASSES[label]}")
     return figure
@@ -1254,8 +1278,12 @@ def plot_architecture(model: LeNet5, axes=None):
     return figure
 
 
-def _settings_in(history: pd.DataFrame) -> list[str]:
-    return [name for name in SETTINGS if name in set(history.setting)]
+def _names_in(history: pd.DataFrame, names=None) -> list[str]:
+    """The settings to show, by default all there are, checked to be in history."""
+    names = names or [name for name in SETTINGS if name in set(history.setting)]
+    missing = {*names} - {*history.setting} | {"train", "val", "test"} - {*history.split}
+    _require(not missing, f"the history lacks {', '.join(sorted(missing))}")
+    return names
 
 
 def plot_convergence(history: pd.DataFrame, axes=None, names=None):
@@ -1263,8 +1291,9 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     line, all seeds from least to greatest as a band, the epoch kept by validation as a dot.
 
     history: the table history.csv. names: of the settings to show, by default all there are.
+    Raises ValueError where history lacks a setting or a split.
     """
-    names = names or _settings_in(history)
+    names = _names_in(history, names)
     figure, axes = _panels(axes, len(names), 2, 2.1, sharex=True, sharey=True)
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
@@ -1287,10 +1316,13 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
 
 def plot_means(history: pd.DataFrame, axes=None):
     """Means over the seeds after each epoch, all settings together: test accuracy, and the loss
-    on test (solid) and train (dashed), on two axes. history: the table history.csv."""
+    on test (solid) and train (dashed), on two axes.
+
+    history: the table history.csv. Raises ValueError where it lacks a split.
+    """
     figure, axes = _panels(axes, 2, 2, 2.6)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
-    for name in _settings_in(history):
+    for name in _names_in(history):
         test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
         axes[0].plot(100 * test.accuracy, label=SETTINGS[name].label, **style)
         axes[1].plot(test.loss, **style)
@@ -1378,7 +1410,9 @@ def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
         _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
-        runs = table[table.questions.str.contains(question) & table.val_accuracy.notna()]
+        runs = table[
+            table.questions.str.contains(question, regex=False) & table.val_accuracy.notna()
+        ]
         if not runs.empty:
             _plot_question(ax, runs.sort_values(names, kind="stable", **order), x, names)
     return figure

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -155,6 +156,16 @@ CASES = {
         lambda good: rewritten(good, weights(**{FC5: torch.zeros(11)})),
         rf"size mismatch for {FC5}: .*\[11\].*\[10\]",
     ),
+    "other type": (
+        lambda good: rewritten(good, weights(**{FC5: torch.zeros(10).half()})),
+        rf"{FC5} is of type torch.float16; expected torch.float32",
+    ),
+    "no count of batches": (
+        lambda good: rewritten(
+            good, lambda p: p["state_dict"].pop("layers.norm1.num_batches_tracked")
+        ),
+        "layers.norm1.num_batches_tracked",
+    ),
     "NaN": (
         lambda good: rewritten(good, weights(**{FC5: torch.full((10,), float("nan"))})),
         f"{FC5} holds NaN or infinite values",
@@ -240,6 +251,23 @@ def test_a_bare_state_dict_is_accepted(splits, tmp_path, name, norm_layers):
     assert dl.evaluate(bare.model, splits["val"]) == dl.evaluate(model, splits["val"])
     with pytest.raises(dl.CheckpointError, match="a bare state_dict has no history to save"):
         dl.save_checkpoint(tmp_path / "new.pt", bare)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"history": pd.DataFrame()},
+        {"history": pd.DataFrame(columns=[*dl.HISTORY_COLUMNS, "lr"])},
+        {"epoch": None},
+        {"epoch": np.int64(2)},
+        {"seconds": None},
+        {"metrics": {"val": dl.Metrics(np.float64(0.1), object())}},
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(checkpoint, tmp_path, change):
+    with pytest.raises(dl.CheckpointError, match="run.pt is not written, as it could not be read"):
+        dl.save_checkpoint(tmp_path / "run.pt", replace(checkpoint, **change))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_is_too_long_is_said(checkpoint, tmp_path):

@@ -119,7 +119,7 @@ def test_batch_norm_stands_where_the_setting_says(place):
     [
         {"dropout": 2.0}, {"dropout": -0.1}, {"dropout": float("nan")}, {"dropout": "0.2"},
         {"weight_decay": -1e-3}, {"weight_decay": float("inf")}, {"lr": 0.0}, {"lr": float("nan")},
-        {"batch_norm": "on"}, {"activation": "gelu"}, {"pooling": "min"}, {"norm_place": "nowhere"},
+        {"batch_norm": 1}, {"activation": "gelu"}, {"pooling": "min"}, {"norm_place": "nowhere"},
         {"norm_layers": ["all"]}, {"decay_all": "no"},
     ],
 )  # fmt: skip
@@ -127,3 +127,11 @@ def test_settings_out_of_range_are_refused(change):
     key, value = next(iter(change.items()))
     with pytest.raises(ValueError, match=f"^{key} is .*; expected"):
         Setting("name", "label", **{key: value})
+    if key not in ("lr", "weight_decay", "decay_all"):
+        with pytest.raises(ValueError, match=f"^{key} is .*; expected"):
+            LeNet5(**{key: value})
+
+
+def test_arguments_that_the_network_does_not_have_are_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'weight_decay'"):
+        LeNet5(weight_decay=0.5)

@@ -65,6 +65,10 @@ def test_paired_differences_have_students_interval(results):
     assert dl._with_spread(-1.25, 0.3, "+.2f") == "−1.25 ± 0.30"
     many = pd.concat([results.assign(seed=results.seed + 3 * k) for k in range(5)])
     assert dl.paired_difference(many, "combined")[1] < difference[1]  # 15 seeds
+    with pytest.raises(ValueError, match="expected runs of dropuot and baseline; found baseline"):
+        dl.paired_difference(results, "dropuot")
+    with pytest.raises(ValueError, match="baseline has no run of seed 7"):
+        dl.summary_table(results, seed=7)
     one_seed = results[results.seed == 0]
     assert math.isnan(dl.paired_difference(one_seed, "combined")[1])
     assert "nan" not in str(dl.difference_table(one_seed)) + str(dl.seed_table(one_seed))
@@ -165,6 +169,17 @@ def test_plots_draw_into_given_axes(history, splits, trained):
     ax = Figure().subplots()
     matrix = dl.confusion_matrix(trained["baseline"].model, splits["test"])
     assert dl.plot_confusion(matrix, axes=ax) is ax.figure
+
+
+def test_plots_say_what_they_need(history, splits):
+    with pytest.raises(ValueError, match="found 1 axes; expected one for each of 5 panels"):
+        dl.plot_convergence(history, axes=Figure().subplots())
+    for rest in (history[history.split != "train"], history[history.setting != "combined"]):
+        with pytest.raises(ValueError, match="the history lacks (train|combined)"):
+            dl.plot_convergence(rest, names=["combined"])
+    few = splits["val"].labels < 9
+    with pytest.raises(ValueError, match="the split has no image of class 9"):
+        dl.plot_examples(dl.Split(splits["val"].images[few], splits["val"].labels[few]))
 
 
 def test_confusion_is_in_percent_of_each_true_class(trained, splits):
