@@ -4,9 +4,8 @@ Test accuracy in %, mean ± standard deviation over five seeds, 16 epochs on a C
 no regularization 90.88 ± 0.26, dropout 90.97 ± 0.17, weight decay 91.41 ± 0.21,
 batch normalization 91.42 ± 0.28, all three 91.80 ± 0.11.
 
-The lesson comes first: settings, data, model, evaluation, training. What serves it follows:
-files, checkpoints, many runs, the study, theory, command line. Accuracies are fractions,
-losses are in nats per image, images are (N, 1, 28, 28) float32.
+The lesson comes first: settings, data, model, evaluation, training. What serves it follows.
+Accuracies are fractions, losses are in nats per image, images are (N, 1, 28, 28) float32.
 
     python dl_utils.py train dropout             one setting, from scratch, into runs/
     python dl_utils.py test weights/dropout.pt   accuracies of saved files
@@ -17,12 +16,14 @@ losses are in nats per image, images are (N, 1, 28, 28) float32.
 
 import argparse
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
 import http.client
 import io
 import itertools
+import logging
 import math
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ import platform
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -39,13 +41,13 @@ import uuid
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -56,33 +58,25 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ settings
 
 
-def _number(default, least, below=math.inf):
-    """A field for a number of the default's type, at least least and below below."""
-    kind = "a whole number" if isinstance(default, int) else "a number"
-    limit = f" and < {below}" if below < math.inf else ""
-    words, allowed = f"{kind} >= {least}{limit}", lambda x: least <= x < below
-    return field(default=default, metadata={"words": words, "allowed": allowed})
+def _allow(default, words, rule):
+    """A field of a dataclass, with the values that it may have in words and as a rule."""
+    return field(default=default, metadata={"words": words, "rule": rule})
 
 
-def _choice(*values):
-    """A field for one of these values, by default the first."""
-    words, allowed = f"one of {', '.join(map(str, values))}", values.__contains__
-    return field(default=values[0], metadata={"words": words, "allowed": allowed})
+def _one_of(*values):
+    return _allow(values[0], f"one of {', '.join(map(str, values))}", values.__contains__)
 
 
 def _check_fields(record) -> None:
     """Refuse values that their fields do not allow, and make NumPy's numbers Python's."""
     for entry in fields(record):
-        if entry.metadata:
-            value = getattr(record, entry.name)
-            try:
-                plain = entry.type(value)
-                allowed = plain == value and entry.metadata["allowed"](plain)
-            except (TypeError, ValueError, OverflowError):
-                allowed = False
-            if not allowed:
-                raise ValueError(f"{entry.name} is {value!r}; expected {entry.metadata['words']}")
-            object.__setattr__(record, entry.name, plain)
+        value, allowed = getattr(record, entry.name), False
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            plain = entry.type(value)
+            allowed = plain == value and entry.metadata["rule"](plain)
+        if not allowed:
+            raise ValueError(f"{entry.name} is {value!r}; expected {entry.metadata['words']}")
+        object.__setattr__(record, entry.name, plain)
 
 
 @dataclass(frozen=True)
@@ -92,33 +86,41 @@ class Setting:
     Raises ValueError for a value that is not allowed.
     """
 
-    name: str = field(  # in the code, and of its files
-        metadata={"words": "letters, digits, _ and -", "allowed": re.compile(r"[\w-]+").fullmatch}
+    name: str = field(  # its name in the code, and of its files
+        metadata={"words": "letters, digits, - and _", "rule": re.compile(r"[\w-]+").fullmatch}
     )
-    label: str = field(compare=False)  # in tables and figures
+    label: str = field(  # its name in tables and figures
+        compare=False, metadata={"words": "a text", "rule": str.strip}
+    )
     # Probability of dropping a hidden fully connected unit (Srivastava et al. 2014).
-    dropout: float = _number(0.0, 0, 1)
+    dropout: float = _allow(0.0, "a number >= 0 and < 1", lambda p: 0 <= p < 1)
     # Lambda of the penalty lambda / 2 * ||w||^2 on the weights (Krogh and Hertz 1991).
-    weight_decay: float = _number(0.0, 0)
+    weight_decay: float = _allow(0.0, "a number >= 0", lambda x: 0 <= x < math.inf)
     # Normalize the four hidden layers (Ioffe and Szegedy 2015).
-    batch_norm: bool = _choice(False, True)
-    lr: float = _number(0.08, 1e-6)  # the highest learning rate of the schedule
+    batch_norm: bool = _one_of(False, True)
+    # The highest learning rate of the schedule.
+    lr: float = _allow(0.08, "a number > 0", lambda x: 0 < x < math.inf)
 
     __post_init__ = _check_fields
+
+    def __str__(self):
+        norm = ", batch norm" if self.batch_norm else ""
+        strengths = f"dropout {self.dropout:g}, weight decay {self.weight_decay:g}{norm}"
+        return f"{self.name} ({strengths}, learning rate {self.lr:g})"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What all settings share. Raises ValueError for a value that is not allowed."""
 
-    epochs: int = _number(16, 1)
-    batch_size: int = _number(128, 1)
+    epochs: int = _allow(16, "a whole number >= 1", lambda n: n >= 1)
+    batch_size: int = _allow(128, "a whole number >= 1", lambda n: n >= 1)
     # Draws validation images, initial weights, order of batches and dropout masks.
-    seed: int = _number(0, 0, 2**32 // 3)  # a run uses three, and torch takes 32 bits of one
-    optimizer: str = _choice("sgd", "adam")
-    activation: str = _choice("relu", "tanh")
-    pooling: str = _choice("max", "average")
-    norm_place: str = _choice("after_activation", "before_activation")
+    seed: int = _allow(0, "a whole number from 0 to 2**30", lambda n: 0 <= n <= 2**30)
+    optimizer: str = _one_of("sgd", "adam")
+    activation: str = _one_of("relu", "tanh")
+    pooling: str = _one_of("max", "average")
+    norm_place: str = _one_of("after_activation", "before_activation")
 
     __post_init__ = _check_fields
 
@@ -150,17 +152,16 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-def load_fashion_mnist(root: str | Path | None = None, seed: int = 0) -> dict[str, Split]:
-    """Fashion-MNIST (Xiao et al. 2017), downloaded to root where it is missing.
+def load_fashion_mnist(root=None, seed: int = 0) -> dict[str, Split]:
+    """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing.
 
     Returns "train" (55,000 images) and "val" (5,000), which seed draws from the 60,000 training
-    images, and "test" (10,000). root: by default the folder data/ beside this file.
-    Raises OSError where a file is missing and cannot be downloaded or written, ValueError where
-    one does not hold what Fashion-MNIST holds.
+    images, and "test" (10,000). root: the folder, by default data/ beside this file.
+    Raises OSError where a file is missing and cannot be downloaded, ValueError where one does
+    not hold what Fashion-MNIST holds.
     """
     pixels, labels, test_pixels, test_labels = read_data_files(root)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     val, train = order.tensor_split([len(labels) // 12])
 
     def split(pixels: Tensor, labels: Tensor) -> Split:
@@ -173,9 +174,8 @@ def load_fashion_mnist(root: str | Path | None = None, seed: int = 0) -> dict[st
     }
 
 
-def minibatches(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[Split]:
-    """The split in batches of batch_size, the last one ragged, in an order that generator (on
-    the CPU) draws."""
+def minibatches(split: Split, batch_size: int, generator: torch.Generator):
+    """Yield the split in batches, the last one ragged, in an order drawn from generator."""
     order = torch.randperm(len(split.labels), generator=generator)
     for index in order.to(split.labels.device).split(batch_size):
         yield Split(split.images[index], split.labels[index])
@@ -199,8 +199,8 @@ class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) for 28 x 28 images: (N, 1, 28, 28) to logits (N, 10).
 
     61,706 parameters; batch normalization adds 452. A technique that is off leaves an identity,
-    so that every variant has the same layer names. Pooling before ReLU or tanh gives what it
-    gives after them (maxima), on a quarter of the elements.
+    so that every variant has the same layer names. Maximum pooling stands before the activation:
+    the same function as after it, on a quarter of the elements.
     """
 
     def __init__(
@@ -214,12 +214,10 @@ class LeNet5(nn.Module):
         norm1d = nn.BatchNorm1d if batch_norm else nn.Identity
 
         def block(number, norm, **pooling):
-            layers = {**pooling, "act": act()}
-            if norm_place == "after_activation":
-                layers = {**layers, "norm": norm}
-            else:
-                layers = {"norm": norm, **layers}
-            return {f"{name}{number}": layer for name, layer in layers.items()}
+            layers = [*pooling.items(), ("act", act())]
+            end = len(layers) if norm_place == "after_activation" else 0
+            layers.insert(end, ("norm", norm))
+            return {f"{name}{number}": layer for name, layer in layers}
 
         layers = {
             "conv1": nn.Conv2d(1, 6, kernel_size=5, padding=2),  # 6 x 28 x 28
@@ -346,18 +344,10 @@ def train_epoch(model, batches, optimizer, schedule) -> float:
     return loss.item()
 
 
-_TRAINING = threading.Lock()  # the generator and the number of threads belong to the process
-
-
 def train(
-    setting: Setting,
-    splits: dict[str, Split],
-    config: TrainConfig | None = None,
-    *,
-    device: str | torch.device | None = None,
-    every_epoch: bool = True,
-    progress: Callable[[], object] | None = None,
-) -> Checkpoint:
+    setting: Setting, splits: dict[str, Split], config: TrainConfig | None = None,
+    *, device=None, every_epoch: bool = True, progress=None,
+) -> Checkpoint:  # fmt: skip
     """Train one setting from scratch on splits["train"]; the last epoch is the model.
 
     All splits given are measured after every epoch or, without every_epoch, after the last.
@@ -369,7 +359,7 @@ def train(
     """
     config, device, rows = config or TrainConfig(), find_device(device), []
     splits = {name: Split(*(part.to(device) for part in split)) for name, split in splits.items()}
-    with _TRAINING, _one_thread_and_own_random_numbers(device):
+    with _alone_on_one_thread(device):
         start = time.process_time()
         model = build_model(setting, config).to(device)
         optimizer = make_optimizer(model, setting, config)
@@ -380,7 +370,9 @@ def train(
         for epoch in range(1, config.epochs + 1):
             batches = minibatches(splits["train"], config.batch_size, order)
             if not math.isfinite(train_epoch(model, batches, optimizer, schedule)):
-                raise DivergedError(f"diverged in epoch {epoch}: choose a lower learning rate")
+                raise DivergedError(
+                    f"training diverged in epoch {epoch}; choose a lower learning rate"
+                )
             if every_epoch or epoch == config.epochs:
                 metrics = {name: evaluate(model, split) for name, split in splits.items()}
                 rows += [(epoch, name, *values) for name, values in metrics.items()]
@@ -391,32 +383,34 @@ def train(
     return Checkpoint(model.eval(), setting, config, history, metrics, seconds)
 
 
+_TRAINING = threading.Lock()  # the generator and the number of threads belong to the process
+
+
 @contextlib.contextmanager
-def _one_thread_and_own_random_numbers(device: torch.device):
+def _alone_on_one_thread(device: torch.device):
     """The same bits whatever the number of cores, no crowding among workers, and the CPU's
-    global generator as it was afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    global generator afterwards as it was before."""
+    cuda = [device] if device.type == "cuda" else []
+    with _TRAINING, torch.random.fork_rng(cuda):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
             yield
-    finally:
-        torch.set_num_threads(threads)
+        finally:
+            torch.set_num_threads(threads)
 
 
-def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; by default this machine's accelerator, else the CPU.
-
-    Raises ValueError for a device that this machine cannot use.
-    """
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def find_device(device=None) -> torch.device:
+    """The device asked for; by default this machine's accelerator, else the CPU. Raises
+    ValueError for a device that this machine cannot use."""
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(0, device=device or best).device
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"this machine cannot use the device {device}; it has {best}") from error
+        raise ValueError(f"this machine cannot use the device {device}") from error
 
 
-# ---------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------- data from outside
 
 HERE = Path(__file__).resolve().parent
 DATA_FILES = {  # name of the unpacked file: its SHA-256
@@ -428,77 +422,99 @@ DATA_FILES = {  # name of the unpacked file: its SHA-256
 TIMEOUT = 30  # seconds that a server may stay silent
 
 
-def read_data_files(root: str | Path | None = None) -> list[Tensor]:
+def read_data_files(root=None) -> list[Tensor]:
     """Images (N, 1, 28, 28) and labels (N,) of the train and of the test files, all uint8.
 
     A file may be packed (.gz) or not, in root/FashionMNIST/raw, where torchvision puts it, in
-    root/raw, or in root. One that is there in neither form is downloaded. Raises as
-    load_fashion_mnist.
+    root/raw or in root. Only what is there in neither form is downloaded.
     """
-    root = HERE / "data" if root is None else Path(root)
-    folders, tensors = [root / "FashionMNIST" / "raw", root / "raw", root], []
-    paths = {name: [name, f"{name}.gz"] for name in DATA_FILES}
-    anywhere = (
-        f for f in folders if any((f / path).exists() for path in itertools.chain(*paths.values()))
-    )
-    folder = next(anywhere, folders[0])
-    there = {name: [folder / p for p in paths[name] if (folder / p).exists()] for name in paths}
-    missing = [f"{name}.gz" for name in paths if not there[name]]
-    for name in DATA_FILES:
-        contents = (_unpacked(path.read_bytes(), name) for path in there[name])
+    root, tensors = Path(root or HERE / "data"), []
+    folders = [root / "FashionMNIST" / "raw", root / "raw", root]
+    folder = next((f for f in folders if any(f.glob("*-idx?-ubyte*"))), folders[0])
+    found = {name: [*folder.glob(name), *folder.glob(f"{name}.gz")] for name in DATA_FILES}
+    missing = [f"{name}.gz" for name, paths in found.items() if not paths]
+    for name, paths in found.items():
+        contents = (_unpack(path.read_bytes(), name) for path in paths)
         content = next(filter(None, contents), None)
-        if not content and there[name]:
+        if paths and not content:
             raise ValueError(
-                f"{there[name][-1]} does not hold what Fashion-MNIST holds (damaged, or of another "
-                "data set): put the original there, or move this one away, to have it downloaded"
+                f"{paths[-1]} does not hold what Fashion-MNIST holds (damaged, or of another data "
+                "set); put the original in its place, or move it away, and it is downloaded"
             )
-        content = content or _unpacked(_download(folder, f"{name}.gz", missing), name)
-        shape = (-1, 1, 28, 28) if "images" in name else (-1,)
-        header = 16 if "images" in name else 8  # bytes, of the IDX format
-        tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(shape))
+        content = content or _download(folder, name, missing)
+        header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
+        data = torch.frombuffer(content, dtype=torch.uint8, offset=header)
+        tensors.append(data.view(-1, *shape))
     return tensors
 
 
-def _unpacked(content: bytes, name: str) -> bytearray | None:
+def _unpack(content: bytes, name: str) -> bytearray | None:
     """The content of a data file; None where it is not what Fashion-MNIST holds."""
-    if content[:2] == b"\x1f\x8b":  # gzip, whatever the file is called
-        try:
+    with contextlib.suppress(OSError, EOFError, zlib.error):
+        if content.startswith(b"\x1f\x8b"):  # packed, whatever the file is called
             content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error):
-            return None
     right = hashlib.sha256(content).hexdigest() == DATA_FILES[name]
     return bytearray(content) if right else None
 
 
-def _download(folder: Path, file: str, missing: list[str]) -> bytes:
-    """A packed data file from a server that torchvision knows, verified, then kept in folder."""
+def _download(folder: Path, name: str, missing: list[str]) -> bytearray:
+    """A data file from a server that torchvision knows, verified, kept packed in folder."""
     try:
         from torchvision.datasets import FashionMNIST  # slow to import, and seldom needed
-    except Exception as error:  # also RuntimeError, where it does not fit torch
-        raise OSError(f"{folder / file} is missing, and torchvision fails: {error}") from error
+    except Exception as error:  # ImportError, or RuntimeError where it does not fit torch
+        raise OSError(f"{folder / name} is missing, and torchvision fails: {error}") from error
     for mirror in FashionMNIST.mirrors:
         try:
-            with urllib.request.urlopen(mirror + file, timeout=TIMEOUT) as answer:
-                content = answer.read()
-            if _unpacked(content, file.removesuffix(".gz")):
-                break
-            reason = "the server sent something else"
+            with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=TIMEOUT) as answer:
+                packed = answer.read()
         except (OSError, http.client.HTTPException) as error:
             reason = error
-    else:
-        raise OSError(
-            f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}): "
-            f"put {', '.join(missing)} there"
-        )
-    write_file(folder / file, content)
-    return content
+            continue
+        if content := _unpack(packed, name):
+            write_file(folder / f"{name}.gz", packed)
+            return content
+        reason = "the server sent something else"
+    raise OSError(
+        f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
+        f"put {', '.join(missing)} there"
+    )
 
 
-def write_file(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed.
+def classify(model: nn.Module, picture) -> pd.Series:
+    """Probabilities of the classes for one picture, the most probable first.
 
-    Raises OSError, which names the file, where it cannot be written.
+    picture: an image file, or an array (H, W) or (H, W, 3), uint8 or from 0 to 1. It is made what
+    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28.
     """
+    from PIL import Image, ImageOps  # slow to import
+
+    if isinstance(picture, (str, os.PathLike)):
+        image = ImageOps.exif_transpose(Image.open(picture)).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    else:
+        pixels = np.asarray(picture).squeeze()
+        image = Image.fromarray((pixels * (255 if pixels.dtype.kind == "f" else 1)).astype("uint8"))
+    pixels = np.asarray(image.convert("L"))
+    if np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean() > 127:
+        pixels = 255 - pixels
+    pixels = torch.tensor(np.asarray(ImageOps.pad(Image.fromarray(pixels), (28, 28))))
+    logits = compute_logits(model, (pixels.view(1, 1, 28, 28) / 255 - MEAN) / STD)
+    return pd.Series(logits[0].softmax(0).numpy(), CLASSES).sort_values(ascending=False)
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+FORMAT, VERSION = "EX1 LeNet-5 checkpoint", 2
+
+
+def checkpoint_path(folder, setting: Setting, config: TrainConfig) -> Path:
+    """Where a run is saved: that of seed 0 under the setting's own name."""
+    seed = f"-seed{config.seed}" if config.seed else ""
+    return Path(folder) / f"{setting.name}{seed}.pt"
+
+
+def write_file(path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError, naming it, where it cannot be written."""
     path = Path(path)
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -515,28 +531,16 @@ def write_file(path: str | Path, content: bytes) -> None:
             part.unlink()
 
 
-# --------------------------------------------------------------------------- checkpoints
-
-FORMAT = "EX1 LeNet-5 checkpoint"
-VERSION = 2
-
-
-def checkpoint_path(folder: str | Path, setting: Setting, config: TrainConfig) -> Path:
-    """Where a run is saved: that of seed 0 under the setting's own name."""
-    seed = f"-seed{config.seed}" if config.seed else ""
-    return Path(folder) / f"{setting.name}{seed}.pt"
-
-
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint of plain types, whole or not at all. Raises OSError where it cannot."""
     write_file(path, _to_bytes(checkpoint))
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(path, device="cpu") -> Checkpoint:
     """Read a checkpoint to a device, running no code from it.
 
-    A state dict of this network is read as well, plain or as other programs wrap it; then all
-    that the file does not say has its default, and metrics is empty.
+    A state dict of this network is read as well, plain or as other programs wrap it; then what
+    the file does not say has its default, and metrics is empty.
     Raises OSError where the file cannot be read, ValueError where it holds no such thing or is
     damaged, and for a device that this machine cannot use.
     """
@@ -582,36 +586,35 @@ def _from_bytes(content: bytes) -> Checkpoint:
         sentence = "it holds Python objects, whose code is not run; save a state_dict() instead"
         raise ValueError(sentence) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        return _from_state_dict(payload)
-    if payload.get("version") != VERSION:
-        raise ValueError(f"it has version {payload.get('version')} of its format, not {VERSION}")
+        payload = _wrap_state_dict(payload)
+    if payload["version"] != VERSION:
+        raise ValueError(f"it has version {payload['version']} of its format, not {VERSION}")
     setting, config = Setting(**payload["setting"]), TrainConfig(**payload["config"])
+    with torch.device("meta"):  # draws nothing: another thread may be drawing dropout masks
+        model = _network(setting, config)
+    try:
+        model.to_empty(device="cpu").load_state_dict(payload["state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"its tensors are not those of this LeNet-5 ({reason})") from error
+    model = model.to(memory_format=torch.channels_last).eval()
     metrics = {name: Metrics(*pair) for name, pair in payload["metrics"].items()}
-    model, history = _load_model(setting, config, payload["state_dict"]), payload["history"]
-    return Checkpoint(model, setting, config, pd.DataFrame(history), metrics, payload["seconds"])
+    history = pd.DataFrame(payload["history"])
+    return Checkpoint(model, setting, config, history, metrics, payload["seconds"])
 
 
-def _from_state_dict(state) -> Checkpoint:
+def _wrap_state_dict(state) -> dict:
+    """What a checkpoint would hold of a state dict that another program saved."""
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError("it holds neither a checkpoint of this program nor a state dict")
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): state[key] for key in state}
-    setting = Setting("state_dict", "Weights", batch_norm="layers.norm1.weight" in state)
-    model = _load_model(setting, TrainConfig(), state)
-    return Checkpoint(model, setting, TrainConfig(), pd.DataFrame(), {}, math.nan)
-
-
-def _load_model(setting: Setting, config: TrainConfig, state: dict[str, Tensor]) -> LeNet5:
-    with torch.device("meta"):  # draws nothing: another thread may be drawing dropout masks
-        model = _network(setting, config)
-    try:
-        model.to_empty(device="cpu").load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"its tensors are not those of this LeNet-5 ({reason})") from error
-    return model.to(memory_format=torch.channels_last).eval()
+    norm = "layers.norm1.weight" in state
+    setting = {"name": "state_dict", "label": "Weights", "batch_norm": norm}
+    empty = {"version": VERSION, "config": {}, "history": {}, "metrics": {}, "seconds": math.nan}
+    return {**empty, "setting": setting, "state_dict": state}
 
 
 # ------------------------------------------------------------------------------ many runs
@@ -619,52 +622,43 @@ def _load_model(setting: Setting, config: TrainConfig, state: dict[str, Tensor])
 RUN_MEMORY = 1.2e9  # bytes that a run needs
 
 
-def usable_workers(root: str | Path = "/") -> int:
+def usable_workers(root="/") -> int:
     """How many runs this process may train at once: by the CPUs that it may use (affinity, quota
     of its control group) and by memory. root: of the file system that says so on Linux."""
 
-    def words(file: str) -> list[str]:
+    def numbers(file: str, pattern: str) -> list[int]:
         try:
-            return (Path(root) / file).read_text().split()
+            found = re.search(pattern, (Path(root) / file).read_text())
         except OSError:
-            return []
+            found = None
+        return [int(number) for number in found.groups()] if found else []
 
     affinity = getattr(os, "sched_getaffinity", None)
-    cpus, memory = [len(affinity(0)) if affinity else os.cpu_count() or 1], [math.inf]
-    if "MemAvailable:" in (info := words("proc/meminfo")):
-        memory.append(1024 * int(info[info.index("MemAvailable:") + 1]))
-    group = next((w[4:] for w in words("proc/self/cgroup") if w.startswith("0::/")), "")
-    for folder in (Path(group), *Path(group).parents):
-        match words(f"sys/fs/cgroup/{folder}/cpu.max"):
-            case [quota, period] if quota != "max":
-                cpus.append(int(quota) / int(period))
-        match words(f"sys/fs/cgroup/{folder}/memory.max"):
-            case [limit] if limit != "max":
-                memory.append(int(limit))
-    return max(1, int(min(*cpus, *(size / RUN_MEMORY for size in memory))))
+    limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
+    limits += [1024 * n / RUN_MEMORY for n in numbers("proc/meminfo", r"MemAvailable:\s*(\d+)")]
+    group = Path("sys/fs/cgroup")  # of a container its own
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (Path(root) / "proc/self/cgroup").read_text().splitlines()
+        group /= next(line[4:] for line in lines if line.startswith("0::/"))
+    for folder in (group, *group.parents):
+        limits += [n / RUN_MEMORY for n in numbers(f"{folder}/memory.max", r"^(\d+)")]
+        if quota := numbers(f"{folder}/cpu.max", r"^(\d+) (\d+)"):
+            limits.append(quota[0] / quota[1])
+    return max(1, int(min(limits)))
 
 
-def train_many(
-    jobs: Iterable[tuple[Setting, TrainConfig]],
-    executor: Executor | None = None,
-    *,
-    root: str | Path | None = None,
-    names: Iterable[str] = ("train", "val", "test"),
-    every_epoch: bool = True,
-    device: str | None = None,
-    workers: int | None = None,
-    on_finish: Callable[[int, Checkpoint], object] | None = None,
-) -> list[Checkpoint | Exception]:
-    """Train independent (setting, config) jobs in parallel, each on the data of its seed.
+def train_many(jobs, executor: Executor | None = None, *, workers: int | None = None,
+               on_finish=None, **options) -> list[Checkpoint | Exception]:  # fmt: skip
+    """Train independent jobs, (setting, config), in parallel, each on the data of its seed.
 
     executor: any concurrent.futures.Executor; by default processes of this machine, as many as
-    workers or, without it, usable_workers. root: as in load_fashion_mnist. names: the splits
-    that training gets. every_epoch, device: as in train. on_finish: called in this process with
-    the index of a job and its checkpoint, as soon as it is there.
+    workers or, without it, usable_workers. on_finish: called in this process with the index of
+    a job and its checkpoint, as soon as it is there. options: root of the data, names of the
+    splits that training gets, and every_epoch and device as in train.
 
     Returns the checkpoints in the order of jobs. A job that fails (or whose on_finish does) is
     reported at once, the others go on, and its place holds the exception. An interrupt ends
-    what processes of this machine run, and what other executors have not begun. Processes are
+    what processes of this machine run and what other executors have not begun. Processes are
     spawned: a script calls this under if __name__ == "__main__".
     """
     jobs = list(jobs)
@@ -672,16 +666,13 @@ def train_many(
     total = sum(config.epochs for _, config in jobs)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
-        local = executor is None and bool(jobs)
-        if local:
-            load_fashion_mnist(root)  # one download, or one error, not one in each worker
+        if local := executor is None and bool(jobs):
+            read_data_files(options.get("root"))  # one download or error, not one in each worker
             count = min(len(jobs), workers or usable_workers())
             executor = stack.enter_context(_processes(count, bar))
         with _no_interrupts():  # processes that start now inherit to be deaf to Ctrl-C
-            options = None if root is None else str(root), tuple(names), every_epoch, device
-            futures = {executor.submit(_run_job, job, *options): i for i, job in enumerate(jobs)}
-        # Where an exception leaves, what has not begun does not begin.
-        stack.callback(lambda: [future.cancel() for future in futures])
+            futures = {executor.submit(_run_job, job, **options): i for i, job in enumerate(jobs)}
+        stack.callback(lambda: [future.cancel() for future in futures])  # after an exception
         for future in as_completed(futures):
             index = futures[future]
             try:
@@ -691,11 +682,10 @@ def train_many(
             except Exception as error:
                 results[index] = error
             _report(*jobs[index], results[index])
-            if not local:
-                bar.update(jobs[index][1].epochs)
+            bar.update(0 if local else jobs[index][1].epochs)
     if killed := sum(isinstance(result, BrokenProcessPool) for result in results):
-        print(f"{killed} runs were not finished, as a worker was killed (short of memory? try "
-              "fewer workers); the same command runs what is missing", file=sys.stderr)  # fmt: skip
+        print(f"{killed} runs are not finished, as a worker was killed (short of memory? try fewer "
+              "workers); the same command goes on with them", file=sys.stderr)  # fmt: skip
     return results
 
 
@@ -714,12 +704,11 @@ _load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
 _count_epoch = None  # in a worker of _processes: tells its parent that an epoch is over
 
 
-def _run_job(job, root, names, every_epoch, device) -> bytes:
+def _run_job(job, root=None, names=("train", "val", "test"), **options) -> bytes:
     setting, config = job  # bytes come back from any process or machine as they went
     data = _load_once(root, config.seed)
     splits = {name: data[name] for name in names}
-    options = {"device": device, "every_epoch": every_epoch, "progress": _count_epoch}
-    return _to_bytes(train(setting, splits, config, **options))
+    return _to_bytes(train(setting, splits, config, progress=_count_epoch, **options))
 
 
 @contextlib.contextmanager
@@ -739,8 +728,7 @@ def _processes(count: int, bar: tqdm):
     """A pool of spawned processes. They hold one end of a pipe and exit when the other end is
     closed: by this process, after an exception, or by the system, however this process ends."""
     spawn = multiprocessing.get_context("spawn")
-    lifeline, held = spawn.Pipe(duplex=False)
-    epochs = spawn.SimpleQueue()
+    (lifeline, held), epochs = spawn.Pipe(duplex=False), spawn.SimpleQueue()
     pool = ProcessPoolExecutor(count, spawn, _start_worker, (lifeline, epochs))
     counter = threading.Thread(target=lambda: [bar.update() for _ in iter(epochs.get, None)])
     counter.start()
@@ -753,8 +741,6 @@ def _processes(count: int, bar: tqdm):
         pool.shutdown(cancel_futures=True)
         epochs.put(None)
         counter.join()
-        for end in (lifeline, held, epochs):
-            end.close()
 
 
 def _start_worker(lifeline, epochs) -> None:
@@ -770,7 +756,7 @@ def _start_worker(lifeline, epochs) -> None:
     threading.Thread(target=wait_for_the_end, daemon=True).start()
 
 
-def train_and_save(jobs, folder: str | Path = "runs", **options) -> list[Checkpoint | Exception]:
+def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exception]:
     """train_many, each run saved in folder as soon as it is finished. options go to train_many.
 
     A run whose file is there is not trained again: a second call goes on after an interruption.
@@ -789,10 +775,8 @@ def train_and_save(jobs, folder: str | Path = "runs", **options) -> list[Checkpo
         if path.exists():
             results[job] = run = load_checkpoint(path)
             if (run.setting, run.config) != job:
-                raise ValueError(
-                    f"{path} holds another run ({run.setting}; {run.config}); choose another "
-                    "folder, or move this file away"
-                )
+                raise ValueError(f"{path} holds another run, {run.setting}, {run.config}; choose "
+                                 "another folder, or move this file away")  # fmt: skip
     todo = [job for job in paths if job not in results]
 
     def save(index: int, run: Checkpoint) -> None:
@@ -802,49 +786,37 @@ def train_and_save(jobs, folder: str | Path = "runs", **options) -> list[Checkpo
     return [results[job] for job in jobs]
 
 
-class Tables(NamedTuple):
-    """What the runs of a folder measured. results: one row a run, with setting, label, seed,
-    accuracy and loss of each split, seconds. history: setting, seed, epoch, split, loss,
-    accuracy."""
+def load_runs(folder) -> list[Checkpoint]:
+    """All checkpoints of a folder, in the order of SETTINGS, others behind them, and of seeds.
 
-    results: pd.DataFrame
-    history: pd.DataFrame
-
-
-def load_runs(folder: str | Path) -> list[Checkpoint]:
-    """All checkpoints of a folder, in the order of SETTINGS, others behind them, then of seeds.
-
-    Raises FileNotFoundError where there is none, and ValueError where one does not have the name
-    that train_and_save would give it, and so might stand for another, or is not usable.
+    Raises FileNotFoundError where there is none, and ValueError where one is not usable or does
+    not have the name that train_and_save gives it, and so might stand for another run.
     """
     runs = []
     for path in sorted(Path(folder).glob("*.pt")):
-        run = load_checkpoint(path)
-        if (expected := checkpoint_path(folder, run.setting, run.config)).name != path.name:
-            raise ValueError(f"{path} holds what should be called {expected.name}; rename it")
-        runs.append(run)
+        runs.append(run := load_checkpoint(path))
+        if (expected := checkpoint_path(folder, run.setting, run.config).name) != path.name:
+            raise ValueError(f"{path} holds what should be called {expected}; rename it")
     if not runs:
         raise FileNotFoundError(f"{folder} holds no checkpoints (*.pt)")
-    known = list(SETTINGS)
-
-    def place(run: Checkpoint) -> tuple[int, str, int]:
-        name = run.setting.name
-        return known.index(name) if name in known else len(known), name, run.config.seed
-
-    return sorted(runs, key=place)
+    names = [*SETTINGS, *(run.setting.name for run in runs)]
+    return sorted(runs, key=lambda run: (names.index(run.setting.name), run.config.seed))
 
 
-def collect(folder: str | Path) -> Tables:
-    """The tables of a folder, from its checkpoints. Raises as load_runs."""
+def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of a folder, from its checkpoints. Raises as load_runs.
+
+    results has a row for each run: setting, label, seed, accuracy and loss of each split,
+    seconds. history has one for each of its epochs and splits: loss and accuracy.
+    """
     rows, histories = [], []
     for run in load_runs(folder):
-        key = {"setting": run.setting.name, "seed": run.config.seed}
-        row = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
-        for name, metrics in run.metrics.items():
-            row |= {f"{name}_accuracy": metrics.accuracy, f"{name}_loss": metrics.loss}
-        rows.append({**row, "seconds": run.seconds})
-        histories.append(run.history.assign(**key)[[*key, *run.history.columns]])
-    return Tables(pd.DataFrame(rows), pd.concat(histories, ignore_index=True))
+        key = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
+        measured = {f"{split}_{measure}": value for split, metrics in run.metrics.items()
+                    for measure, value in metrics._asdict().items()}  # fmt: skip
+        rows.append({**key, **measured, "seconds": run.seconds})
+        histories.append(pd.DataFrame({**key, **run.history}))
+    return pd.DataFrame(rows), pd.concat(histories, ignore_index=True)
 
 
 # ---------------------------------------------------------------------------------- study
@@ -880,107 +852,86 @@ CELL = [name for name in FIELDS if name != "seed"]  # what the seeds of a config
 OUTCOME = ["val_accuracy", "train_accuracy", "seconds"]  # of the last epoch; of the processor
 
 
-def read_study(path: str | Path = STUDY) -> pd.DataFrame:
-    """The table of a study: part, setting, FIELDS, OUTCOME.
-
-    Raises OSError where it cannot be read, ValueError where it is no such table.
-    """
-    try:
-        table = pd.read_csv(path)
-        table = table.astype(dict.fromkeys(OUTCOME, float))
-        return table[["part", "setting", *FIELDS, *OUTCOME]]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no table of a study: {error}") from error
-
-
-def search(path: str | Path = STUDY, executor: Executor | None = None, **options) -> pd.DataFrame:
+def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFrame:
     """Run the rows of a study that lack an accuracy. Each finished run is written at once.
 
-    Training gets the splits train and val alone. options go to train_many. Returns the table.
-    A run that failed is still without. Raises as read_study and, before any run, ValueError for
-    a row that cannot be run, OSError where another search is running.
+    A row: part, setting (a name), FIELDS, OUTCOME. Training gets the splits train and val alone.
+    options go to train_many. Returns the table, where a run that failed lacks its accuracy.
+    Raises OSError where the table cannot be read or another search is running on it, and, before
+    any run, ValueError where it is no such table.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(FileLock(f"{path}.lock", timeout=0))
+            stack.enter_context(FileLock(Path(path).with_suffix(".lock"), timeout=0))
+            table = pd.read_csv(path)
+            todo = table.index[table.val_accuracy.isna()]
+            rows = table.loc[todo].assign(**dict.fromkeys(("name", "label"), lambda t: t.setting))
+            jobs = [(Setting(**row[["name", "label", *FIELDS[:4]]]), TrainConfig(**row[FIELDS[4:]]))
+                    for _, row in rows.iterrows()]  # fmt: skip
         except Timeout as error:
             raise OSError(f"another search is running on {path}") from error
-        table = read_study(path)
-        todo = table.index[table.val_accuracy.isna()]
-        jobs = []
-        for index, row in table.loc[todo].iterrows():
-            try:
-                given = {"name": row.setting, "label": row.setting, **row}
-                jobs.append(tuple(
-                    kind(**{entry.name: given[entry.name] for entry in fields(kind)})
-                    for kind in (Setting, TrainConfig)
-                ))  # fmt: skip
-            except ValueError as error:
-                raise ValueError(f"{path}, row {index + 1}: {error}") from error
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not the table of a study: {error}") from error
 
-        def record(index: int, run: Checkpoint | None) -> None:
-            accuracies = (
-                [run.metrics[name].accuracy for name in ("val", "train")] if run else [0.1] * 2
-            )
-            table.loc[todo[index], OUTCOME] = [*accuracies, run.seconds if run else 0.0]
+        def record(index: int, *outcome: float) -> None:
+            table.loc[todo[index], OUTCOME] = outcome
             write_file(path, table.to_csv(index=False).encode())
 
-        options |= {"names": ("train", "val"), "every_epoch": False, "on_finish": record}
-        results = train_many(jobs, executor, **options)
-        for index, result in enumerate(results):
+        def save(index: int, run: Checkpoint) -> None:
+            record(index, *(run.metrics[name].accuracy for name in ("val", "train")), run.seconds)
+
+        options |= {"names": ("train", "val"), "every_epoch": False, "on_finish": save}
+        for index, result in enumerate(train_many(jobs, executor, **options)):
             if isinstance(result, DivergedError):
-                record(index, None)
+                record(index, 0.1, 0.1, 0.0)
     return table
 
 
-def study_means(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a configuration: part, setting, CELL, val_accuracy (mean over the seeds)."""
-    done = table.dropna(subset="val_accuracy")
-    means = done.groupby(["part", "setting", *CELL], as_index=False).val_accuracy.mean()
-    return means.round({"val_accuracy": 9})  # equal means are equal
-
-
-def best_cell(means: pd.DataFrame, part: str, setting: str) -> pd.Series:
-    """The configuration that rule 1 chooses in a grid of A or D."""
-    grid = means[(means.part == part) & (means.setting == setting)]
-    order = {"val_accuracy": False, "dropout": True, "weight_decay": True, "lr": True}
-    return grid.sort_values(list(order), ascending=list(order.values())).iloc[0]
+def best_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """What rule 1 chooses in each grid of A and D: setting (the index), part, CELL, mean
+    validation accuracy."""
+    grids = table[table.part.isin(["A", "D"])].groupby(["part", "setting", *CELL], as_index=False)
+    means = grids.val_accuracy.mean().round({"val_accuracy": 9})  # equal means are equal
+    order = ["val_accuracy", "dropout", "weight_decay", "lr"]
+    return means.sort_values(order, ascending=[False, True, True, True]).groupby("setting").first()
 
 
 def noise_band(table: pd.DataFrame) -> float:
     """The band of rule 2, from the residuals of a two-way table of cells and seeds."""
-    cells = table[table.part == "A"].pivot(
-        index=["setting", *CELL], columns="seed", values="val_accuracy"
-    )
+    part = table[table.part == "A"]
+    cells = part.pivot(index=["setting", *CELL], columns="seed", values="val_accuracy")
     means = cells.mean(axis=1)
     cells = cells[means >= means.groupby("setting").transform("max") - 0.01]
     rest = cells.sub(cells.mean(axis=1), axis=0) - cells.mean() + cells.mean().mean()
     freedom = (len(cells) - 1) * (cells.shape[1] - 1)
-    variance = float((rest**2).to_numpy().sum()) / freedom
-    return 2 * math.sqrt(2 * variance / cells.shape[1])
-
-
-def chosen_settings(table: pd.DataFrame) -> dict[str, tuple[float, float, bool, float]]:
-    """What rule 1 chooses for each setting of A and D: dropout, weight decay, batch norm, rate."""
-    means = study_means(table[table.part.isin(["A", "D"])])
-    cells = {s: best_cell(means, p, s) for p, s in zip(means.part, means.setting)}
-    return {s: (c.dropout, c.weight_decay, bool(c.batch_norm), c.lr) for s, c in cells.items()}
+    return 2 * math.sqrt(2 / cells.shape[1] * float((rest**2).to_numpy().sum()) / freedom)
 
 
 # --------------------------------------------------------------------------------- theory
 
 
-def batch_norm_gradients(
-    x: Tensor, gamma: Tensor, upstream: Tensor, eps: float
-) -> dict[str, Tensor]:
+def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
+    """Send one input through the layers of a Sequential or a LeNet5. Returns one row for each
+    that does something: its name, output shape, number of parameters."""
+    rows, values = [], torch.zeros(input_shape)
+    model = copy.deepcopy(model).cpu().eval()
+    with torch.inference_mode():
+        for name, layer in getattr(model, "layers", model).named_children():
+            values = layer(values)
+            if not isinstance(layer, nn.Identity) and getattr(layer, "p", None) != 0:
+                count = sum(parameter.numel() for parameter in layer.parameters())
+                rows.append((name, tuple(values.shape), count))
+    return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
+
+
+def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float) -> dict:
     """The six answers to question 3 (theory.md), for the layer of Ioffe and Szegedy (2015).
 
     x and upstream, which is df/dy, are (m,); gamma is a scalar; eps is added to the variance.
     Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,).
     """
     m, mean = len(x), x.mean()
-    variance = (x - mean).square().mean()
-    root = (variance + eps).sqrt()
+    root = ((x - mean).square().mean() + eps).sqrt()
     x_hat = (x - mean) / root
     d_gamma, d_beta, d_x_hat = (upstream * x_hat).sum(), upstream.sum(), gamma * upstream
     return {
@@ -1001,78 +952,71 @@ def build_parser() -> argparse.ArgumentParser:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("dl_utils.py", description=__doc__, **form)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--data", metavar="FOLDER", help="Fashion-MNIST (data/ beside this file)")
-    shared.add_argument("--device", help="cpu, cuda, ... (this machine's accelerator, or cpu)")
-    workers = argparse.ArgumentParser(add_help=False)
-    text = "runs at a time (as many as processors and memory allow)"
-    workers.add_argument("--workers", type=int, metavar="N", help=text)
 
-    command = commands.add_parser("train", parents=[shared, workers], help="train settings")
-    text = f"{', '.join(SETTINGS)}, or all"
-    command.add_argument("settings", nargs="*", metavar="SETTING", help=text)
-    command.add_argument("--seeds", nargs="+", default=["0"], metavar="N", help="(0)")
-    config = TrainConfig()
-    command.add_argument("--epochs", type=int, default=config.epochs, help="(%(default)s)")
-    command.add_argument("--out", default="runs", metavar="FOLDER", help="(%(default)s)")
-    command.set_defaults(run=_train_command)
+    def add(run, text: str, *flags: str):
+        help = {
+            "--data": "the folder of Fashion-MNIST (data/ beside this file)",
+            "--device": "cpu, cuda, ... (this machine's accelerator, else its cpu)",
+            "--workers": "runs at a time (what processors and memory allow)",
+        }
+        name = run.__name__.removeprefix("_").removesuffix("_command")
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.set_defaults(run=run)
+        for flag in flags:
+            kind = int if flag == "--workers" else str
+            command.add_argument(flag, type=kind, help=help[flag], metavar="X")
+        return command.add_argument
 
-    text = "measure saved files; exit with 1 if that differs from what they recorded"
-    command = commands.add_parser("test", parents=[shared], help=text, description=text)
-    text = "files, folders (of each setting the lowest seed) or names of settings (weights/)"
-    command.add_argument("paths", nargs="*", metavar="PATH", help=text)
-    command.set_defaults(run=_test_command)
-
-    text = "run what a study lacks"
-    command = commands.add_parser("search", parents=[shared, workers], help=text)
-    command.add_argument("table", nargs="?", default=STUDY, help="(weights/study.csv)")
-    command.set_defaults(run=_search_command)
-
-    text = "write results.csv, derived from the checkpoints of a folder"
-    command = commands.add_parser("collect", help=text, description=text)
-    command.add_argument("folder")
-    command.set_defaults(run=_collect_command)
+    names, every = f"{', '.join(SETTINGS)}, or all", ("--data", "--device", "--workers")
+    option = add(_train_command, "train settings from scratch", *every)
+    option("settings", nargs="*", metavar="SETTING", help=names)
+    option("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (0)")
+    option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
+    option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
+    text = "measure saved runs, and exit with 1 where that is not what they recorded"
+    option = add(_test_command, text, *every[:2])
+    text = "files, names of settings in weights/, or folders, of which the lowest seed counts"
+    option("paths", nargs="*", metavar="PATH", help=f"{text} (weights/)")
+    option = add(_search_command, "run the rows of a study that lack an accuracy", *every)
+    option("table", nargs="?", default=STUDY, help="a CSV file (weights/study.csv)")
+    option = add(_collect_command, "write results.csv from the checkpoints of a folder")
+    option("folder")
     return parser
 
 
 def _train_command(args) -> int:
-    # `--seeds 0 1 dropout` gives --seeds the setting as well.
+    # --seeds 0 1 dropout gives --seeds the setting as well.
     names = [*args.settings, *(word for word in args.seeds if not word.isdecimal())]
-    if unknown := [name for name in names if name not in (*SETTINGS, "all")]:
-        raise ValueError(f"unknown setting {unknown[0]}; expected {', '.join(SETTINGS)}, or all")
-    if not names:
-        raise ValueError(f"no setting given; expected {', '.join(SETTINGS)}, or all")
-    settings = [SETTINGS[name] for name in (SETTINGS if "all" in names else names)]
+    if not names or not {*names} <= {*SETTINGS, "all"}:
+        expected = f"expected {', '.join(SETTINGS)}, or all"
+        raise ValueError(f"settings are {' '.join(names) or 'missing'}; {expected}")
     seeds = [int(word) for word in args.seeds if word.isdecimal()] or [0]
-    jobs = [
-        (setting, TrainConfig(args.epochs, seed=seed)) for seed in seeds for setting in settings
-    ]
-    options = {"root": args.data, "device": args.device, "workers": args.workers}
+    configs = [TrainConfig(args.epochs, seed=seed) for seed in seeds]
+    names = SETTINGS if "all" in names else names
+    jobs = [(SETTINGS[name], config) for config in configs for name in names]
     there = sum(checkpoint_path(args.out, *job).exists() for job in jobs)
+    options = {"root": args.data, "device": args.device, "workers": args.workers}
     runs = train_and_save(jobs, args.out, **options)
-    kept = f", {there} of which were there already" if there else ""
     failed = sum(isinstance(run, Exception) for run in runs)
-    print(f"{args.out}: {len(runs) - failed} runs{kept}")
+    print(f"{args.out}: {len(runs) - failed} of {len(runs)} runs ({there} were there already)")
     return 2 if failed else 0
 
 
 def _test_command(args) -> int:
-    runs = {}
+    files = {}
     for path in map(Path, args.paths or [HERE / "weights"]):
-        if str(path) in SETTINGS and not path.exists():
+        if not path.exists() and str(path) in SETTINGS:
             path = HERE / "weights" / f"{path}.pt"
-        if path.is_dir():
-            found = load_runs(path)[::-1]  # of the runs of a setting the last, the lowest seed
-            lowest = {run.setting.name: run for run in found}
-            runs |= {
-                checkpoint_path(path, r.setting, r.config): r for r in list(lowest.values())[::-1]
-            }
-        else:
-            runs[path] = load_checkpoint(path)
+        found = load_runs(path) if path.is_dir() else [load_checkpoint(path)]
+        lowest = {run.setting.name: run for run in reversed(found)}  # the lowest seed comes first
+        for run in reversed(lowest.values()):
+            name = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
+            files[name] = run
     device, load = find_device(args.device), functools.cache(load_fashion_mnist)
     rows, differing = [], []
-    for path, run in runs.items():
-        row = {"setting": run.setting.label}
+    for path, run in files.items():
+        seed = f", seed {run.config.seed}" if run.config.seed else ""
+        row = {"setting": f"{run.setting.label}{seed}"}
         for name, split in load(args.data, run.config.seed).items():
             accuracy, count = evaluate(run.model.to(device), split).accuracy, len(split.labels)
             row[f"{name} %"] = f"{100 * accuracy:.2f}"
@@ -1081,9 +1025,9 @@ def _test_command(args) -> int:
                 differing.append(f"{path}, {name}: {images:+} of {count} images right")
         rows.append(row)
     print(pd.DataFrame(rows).to_string(index=False))
-    if bare := [str(path) for path, run in runs.items() if not run.metrics]:
-        print(f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken "
-              "for a network with ReLU, maximum pooling and norm after the activation")  # fmt: skip
+    for path in (path for path, run in files.items() if not run.metrics):
+        print(f"{path} is weights alone, which record nothing to compare with; they are taken "
+              "for ReLU, maximum pooling and norm after the activation.")  # fmt: skip
     verdict = "DIFFER from" if differing else "equal"
     print(*differing, f"The measured accuracies {verdict} what the files recorded.", sep="\n")
     return 1 if differing else 0
@@ -1092,13 +1036,13 @@ def _test_command(args) -> int:
 def _search_command(args) -> int:
     options = {"root": args.data, "device": args.device, "workers": args.workers}
     table = search(args.table, **options)
-    failed = int(table.val_accuracy.isna().sum())
-    print(f"{args.table}: {len(table) - failed} of {len(table)} runs")
-    return 2 if failed else 0
+    done = int(table.val_accuracy.notna().sum())
+    print(f"{args.table}: {done} of {len(table)} runs")
+    return 0 if done == len(table) else 2
 
 
 def _collect_command(args) -> int:
-    results = collect(args.folder).results
+    results, _ = collect(args.folder)
     write_file(Path(args.folder) / "results.csv", results.to_csv(index=False).encode())
     print(f"{args.folder}/results.csv: {len(results)} runs")
     return 0
@@ -1114,21 +1058,479 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"dl_utils.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("dl_utils.py: interrupted; finished runs are kept", file=sys.stderr)
         return 130
     except Exception as error:
         if isinstance(error, MemoryError) or "alloc" in str(error):
-            print(
-                "dl_utils.py: out of memory; close programs, or use fewer --workers",
-                file=sys.stderr,
-            )
+            error = OSError("out of memory; close other programs, or use fewer --workers")
+        if isinstance(error, (ValueError, OSError)):
+            print(f"dl_utils.py: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
-    return 2
+        return 2
 
+
+# ----------------------------------------------------------------- report of version one
+# What EX1.ipynb calls until the report of the new study replaces it, and this section with it.
+
+QUESTIONS = {  # what is on the axis of the panel, and what tells its lines apart
+    "Activation and pooling": ("lr", ["activation", "pooling"]),
+    "Batch size": ("lr", ["batch_size", "optimizer"]),
+    "Optimizer and schedule": ("lr", ["setting", "optimizer"]),
+    "Place of batch normalization": ("norm_place", ["norm_layers"]),
+    "Learning rate": ("lr", ["setting"]),
+    "Number of epochs": ("epochs", ["setting"]),
+    "Dropout probability": ("dropout", ["epochs"]),
+    "L2 coefficient": ("weight_decay", ["epochs", "decay_all"]),
+    "All three together": ("weight_decay", ["epochs", "dropout", "decay_all"]),
+}
+BLOCK_ORDERS = ("before_pooling", "after_pooling", "after_activation")
+ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
+# Told apart by colour-blind readers (Okabe and Ito 2008).
+PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00")
+COLORS = dict(zip(SETTINGS, itertools.cycle(PALETTE)))
+# Of lines that are not settings: scheme "muted" of P. Tol, and markers to tell them in grey.
+MUTED = "#332288 #CC6677 #999933 #44AA99 #882255 #88CCEE #117733 #DDCC77"
+OTHER_STYLES = tuple(zip(MUTED.split(), "os^Dv*PX"))
+# 97.5 % quantile of Student's t for 1 to 9 degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MEASURES = {**ACCURACIES, "gap": "gap"}  # columns of results.csv, and train minus test
+
+
+class Table(NamedTuple):
+    """A table with its caption above it: Markdown in Jupyter and HTML, LaTeX in the PDF, where
+    it stays whole. Text is left-aligned, numbers are right-aligned."""
+
+    frame: pd.DataFrame
+    caption: str
+
+    def _text(self) -> pd.DataFrame:
+        forms = {float: ".2g", int: ","}
+        return self.frame.map(lambda value: format(value, forms.get(type(value), "")))
+
+    def _repr_markdown_(self) -> str:
+        rule = ["--:"] * self.frame.shape[1]
+        rows = [self.frame.columns, [":--", *rule[1:]], *self._text().to_numpy()]
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return f"**{self.caption}**\n\n{lines}\n"
+
+    def _repr_latex_(self) -> str:
+        columns = "l" + "r" * (self.frame.shape[1] - 1)
+        body = self._text().to_latex(index=False, escape=True, column_format=columns)
+        caption = self.caption.replace("%", r"\%").replace("_", r"\_")
+        return (
+            r"\noindent\begin{minipage}{\linewidth}\medskip\centering"
+            f"\n\\textbf{{{caption}}}\\par\\smallskip\n{body}\\medskip\\end{{minipage}}\n"
+        )
+
+
+def percent(fraction: float) -> str:
+    """An accuracy as tables print it: percent with two decimals."""
+    return f"{100 * fraction:.2f}"
+
+
+def _with_spread(mean: float, spread: float, form: str = ".2f") -> str:
+    mean = float(f"{mean:{form}}") + 0.0  # rounded, and no minus before a zero
+    mean = f"{mean:{form}}".replace("-", "−")
+    return mean + ("" if math.isnan(spread) else f" ± {spread:{form.lstrip('+')}}")
+
+
+def _runs_by_setting(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each setting, by seed, with the gap between train and test added."""
+    results = results.assign(gap=results.train_accuracy - results.test_accuracy)
+    runs = {name: rows.set_index("seed") for name, rows in results.groupby("setting")}
+    return {name: runs[name] for name in SETTINGS if name in runs}
+
+
+def settings_table() -> pd.DataFrame:
+    """The hyperparameters that differ between the settings, and their names in the code."""
+    rows = []
+    for setting in SETTINGS.values():
+        row = {"setting": setting.label, "name": setting.name}
+        row["dropout p"] = f"{setting.dropout:g}" if setting.dropout else "off"
+        row["L2 coefficient"] = f"{setting.weight_decay:g}" if setting.weight_decay else "off"
+        row["batch norm"] = "on" if setting.batch_norm else "off"
+        rows.append(row | {"learning rate": f"{setting.lr:g}"})
+    return pd.DataFrame(rows)
+
+
+def summary_table(results: pd.DataFrame, seed: int = 0, names=tuple(SETTINGS)) -> pd.DataFrame:
+    """The final train and test accuracy of one seed of each setting in names, in percent.
+    Raises ValueError where one of them has runs, but not of that seed."""
+    rows = []
+    for name, runs in _runs_by_setting(results).items():
+        if name in names:
+            if seed not in runs.index:
+                raise ValueError(f"{name} has no run of seed {seed}")
+            row = {"setting": SETTINGS[name].label, "train %": percent(runs.train_accuracy[seed])}
+            rows.append(row | {"test %": percent(runs.test_accuracy[seed])})
+    return pd.DataFrame(rows)
+
+
+def seed_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over the seeds: accuracies in percent, the gap between train
+    and test in points, the kept epoch."""
+    rows = []
+    for name, runs in _runs_by_setting(results).items():
+        row = {"setting": SETTINGS[name].label}
+        for column, label in MEASURES.items():
+            row[label if column == "gap" else f"{label} %"] = _with_spread(
+                100 * runs[column].mean(), 100 * runs[column].std()
+            )
+        if "epoch" in runs:
+            row["kept epoch"] = _with_spread(runs.epoch.mean(), runs.epoch.std(), ".1f")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def paired_difference(
+    results: pd.DataFrame, setting: str, other: str = "baseline", column: str = "test_accuracy"
+) -> tuple[float, float]:
+    """Mean over the seeds of the difference between two settings, and the half width of its
+    95 % interval by Student's t (NaN for one seed), both as fractions. For more than 10 seeds
+    the interval is that of 9 degrees of freedom, a little too wide. Raises ValueError where
+    results lack one of the two."""
+    runs = _runs_by_setting(results)
+    if not {setting, other} <= runs.keys():
+        raise ValueError(f"expected runs of {setting} and {other}; found {', '.join(runs)}")
+    pairs = (runs[setting][column] - runs[other][column]).dropna()
+    count = len(pairs)
+    half = T_975[min(count, 10) - 2] * pairs.std() / math.sqrt(count) if count > 1 else math.nan
+    return float(pairs.mean()), float(half)
+
+
+def difference_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Differences of every setting to no regularization, paired by seed, in points with 95 %
+    intervals."""
+    rows = []
+    for name in _runs_by_setting(results):
+        if name != "baseline":
+            row = {"setting": SETTINGS[name].label}
+            for column, label in MEASURES.items():
+                mean, half = paired_difference(results, name, column=column)
+                row[label] = _with_spread(100 * mean, 100 * half, "+.2f")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def prepare_notebook() -> None:
+    """Figures as PNG and PDF, with the same bytes in every run; no messages of font caches."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # in place of the time at which a PDF is made
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    set_matplotlib_formats("png", "pdf")
+
+
+def describe_machine() -> str:
+    """Versions and hardware, in one line."""
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} "
+        f"{platform.machine()}, {os.cpu_count()} cores, device {find_device()}"
+    )
+
+
+def _panels(axes, count: int, columns: int, height: float, **options):
+    """The figure and count axes of it: those that were given, or new ones, height inches a row."""
+    from matplotlib.figure import Figure
+
+    if axes is None:
+        rows, columns = max(1, math.ceil(count / columns)), max(1, min(columns, count))
+        figure = Figure(figsize=(7, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+    axes = [axes] if hasattr(axes, "plot") else list(getattr(axes, "flat", axes))
+    if len(axes) < count:
+        raise ValueError(f"found {len(axes)} axes; expected one for each of {count} panels")
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return axes[0].figure, axes[:count]
+
+
+def _label(ax, title: str, x: str, y: str, size: int = 10) -> None:
+    ax.set_title(title, fontsize=size)
+    ax.set_xlabel(x, fontsize=size)
+    ax.set_ylabel(y, fontsize=size)
+
+
+def _epoch_ticks(ax, last: int) -> None:
+    for line in ax.lines if last == 1 else ():
+        line.set_marker("o")  # a line of one point would be invisible
+    ax.set_xticks(sorted({1, *range(4, last + 1, 4)}))
+    ax.grid(alpha=0.3)
+
+
+def _show_image(ax, image: Tensor, title: str) -> None:
+    ax.imshow(image[0].cpu().numpy() * STD + MEAN, cmap="gray_r", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=8)
+    ax.set_axis_off()
+
+
+def plot_examples(split: Split, axes=None):
+    """The first image of each class, on ten axes. Returns the figure, as all plots do, and
+    raises ValueError for too few axes, as all plots do, or a class without an image."""
+    figure, axes = _panels(axes, len(CLASSES), 5, 1.4)
+    for label, ax in enumerate(axes):
+        if label not in split.labels:
+            raise ValueError(f"the split has no image of class {label}")
+        first = int((split.labels == label).nonzero()[0])
+        _show_image(ax, split.images[first], f"{label} {CLASSES[label]}")
+    return figure
+
+
+def plot_architecture(model: LeNet5, axes=None):
+    """The layers that change the shape of what passes through, to scale: maps as squares, units
+    as bars, below them what computes them and with how many parameters."""
+    from matplotlib.patches import Rectangle
+
+    figure, (ax, *_) = _panels(axes, 1, 1, 2.05)
+    names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
+    stages, shape = [("image", (1, 28, 28), 0)], (1, 28, 28)
+    for layer, output, parameters in layer_summary(model).itertuples(index=False):
+        if output[1:] != shape and layer != "flatten":
+            shape = output[1:]
+            stages.append((names[layer.rstrip("12345")], shape, parameters))
+    x = 0.0
+    for name, shape, parameters in stages:
+        count, height = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0] / 3)
+        width = height if len(shape) == 3 else 3
+        step = 10 / max(count, 8)  # from one map to the next
+        for k in range(count):
+            place = (x + step * k, -height / 2 - step * (k - (count - 1) / 2))
+            ax.add_patch(Rectangle(place, width, height, fc="#DCE9F5", ec="#0072B2", lw=0.4))
+        middle = x + (width + step * (count - 1)) / 2
+        size = f"{count} maps\n{height} × {height}" if len(shape) == 3 else f"{shape[0]}\nunits"
+        below = f"{name}\n{parameters:,}\nparameters" if parameters else name
+        ax.text(middle, 23, size.replace("1 maps", "1 map"), ha="center", va="bottom", fontsize=8)
+        ax.text(middle, -23, below, ha="center", va="top", fontsize=7)
+        x += max(width + step * (count - 1), 14) + 10
+    ax.set(xlim=(-1, x - 9), ylim=(-42, 32), aspect="equal")
+    ax.set_axis_off()
+    return figure
+
+
+def _names_in(history: pd.DataFrame, names=None) -> list[str]:
+    """The settings to show, by default all there are, checked to be in history."""
+    names = names or [name for name in SETTINGS if name in set(history.setting)]
+    missing = {*names} - {*history.setting} | {"train", "val", "test"} - {*history.split}
+    if missing:
+        raise ValueError(f"the history lacks {', '.join(sorted(missing))}")
+    return names
+
+
+def plot_convergence(history: pd.DataFrame, axes=None, names=None):
+    """Train and test accuracy after each epoch, one panel per setting: the first seed as a
+    line, all seeds from least to greatest as a band, the epoch kept by validation as a dot.
+
+    history: the table history.csv. names: of the settings to show, by default all there are.
+    Raises ValueError where history lacks a setting or a split.
+    """
+    names = _names_in(history, names)
+    figure, axes = _panels(axes, len(names), 2, 2.1, sharex=True, sharey=True)
+    for ax, name in zip(axes, names):
+        epochs = history[history.setting == name]
+        wide = epochs.pivot(index="epoch", columns=["split", "seed"], values="accuracy")
+        seed, color = epochs.seed.min(), COLORS[name]
+        kept = wide["val"][seed].idxmax()
+        for split, style in {"train": "--", "test": "-"}.items():
+            runs = 100 * wide[split]
+            ax.plot(runs.index, runs[seed], style, color=color, label=split)
+            least, greatest = runs.min(axis=1), runs.max(axis=1)
+            ax.fill_between(runs.index, least, greatest, color=color, alpha=0.25, lw=0)
+            ax.plot(kept, runs[seed][kept], "o", color=color, ms=5)
+        _label(ax, f"{SETTINGS[name].label}: accuracy by epoch", "epoch", "accuracy (%)")
+        ax.tick_params(labelbottom=True, labelleft=True)
+        _epoch_ticks(ax, max(epochs.epoch))
+        ax.locator_params(axis="y", nbins=5)
+        ax.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def plot_means(history: pd.DataFrame, axes=None):
+    """Means over the seeds after each epoch, all settings together: test accuracy, and the loss
+    on test (solid) and train (dashed), on two axes.
+
+    history: the table history.csv. Raises ValueError where it lacks a split.
+    """
+    figure, axes = _panels(axes, 2, 2, 2.6)
+    means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
+    for name in _names_in(history):
+        test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
+        axes[0].plot(100 * test.accuracy, label=SETTINGS[name].label, **style)
+        axes[1].plot(test.loss, **style)
+        axes[1].plot(means.loc[name, "train"].loss, "--", **style)
+    late = means.index.get_level_values("epoch") >= max(history.epoch) // 4
+    settled = 100 * means[late].accuracy.xs("test", level="split").min()
+    axes[0].set_ylim(bottom=math.floor(settled))  # the first epochs would leave it little room
+    axes[1].set_ylim(bottom=0)
+    below = {"loc": "outside lower center", "ncols": len(COLORS), "frameon": False}
+    figure.legend(handles=list(axes[0].lines), fontsize=8, handlelength=1.4, **below)
+    for split, style in {"train": "--", "test": "-"}.items():
+        axes[1].plot([], [], style, color="gray", label=split)
+    axes[1].legend(fontsize=8)
+    _label(axes[0], "Mean test accuracy", "epoch", "accuracy (%)")
+    _label(axes[1], "Mean loss", "epoch", "loss (nats)")
+    for ax in axes:
+        _epoch_ticks(ax, max(history.epoch))
+    return figure
+
+
+def _words(key: str, value) -> str:
+    """A value of a hyperparameter in a legend; empty where it goes without saying."""
+    if key == "setting":
+        return SETTINGS[value].label
+    words = {
+        "relu": "ReLU", "sgd": "SGD", "adam": "Adam", "one_cycle": "one-cycle",
+        "all": "all hidden layers", "conv": "convolutions only", True: "L2 on all", False: "",
+    }  # fmt: skip
+    forms = {"epochs": "{} epochs", "batch_size": "batches of {}", "dropout": "p = {:g}"}
+    return forms[key].format(value) if key in forms else words.get(value, value)
+
+
+def _search_ticks(ax, key: str, values: list) -> dict:
+    """Set the ticks for the values of a hyperparameter. Returns where on the axis each is."""
+    if key == "norm_place":
+        labels = [place.replace("_", "\n") for place in BLOCK_ORDERS]
+        ax.set_xticks(range(len(labels)), labels)
+        return {place: at for at, place in enumerate(BLOCK_ORDERS)}
+    ax.set_xscale("log", base=2)
+    close = {low for low, high in itertools.pairwise(values) if high < 1.2 * low}  # no room
+    ticks = [value for value in values if value not in close]
+    crowded = len(values) > 5 or values[-1] > 50 * values[0]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=90 if crowded else 0)
+    return {value: value for value in values}
+
+
+def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
+    """One panel of plot_search: a line for each combination of names and schedule."""
+    at = _search_ticks(ax, x, sorted(set(runs[x])))
+    lines = runs.groupby([*names, "schedule"], sort=False)
+    for ((*values, schedule), line), (color, marker) in zip(lines, itertools.cycle(OTHER_STYLES)):
+        schedules = runs[(runs[names] == values).all(axis=1)].schedule.nunique()
+        words = [*map(_words, names, values), _words("schedule", schedule) * (schedules > 1)]
+        label = textwrap.fill(", ".join(filter(None, words)), 20, break_on_hyphens=False)
+        color = COLORS[values[0]] if "setting" in names else color
+        style = "-" if schedule == "one_cycle" else "--"
+        look = {"color": color, "marker": marker, "ms": 3, "lw": 1, "ls": style}
+        means = 100 * line.groupby(x).val_accuracy.mean()
+        ax.plot([], [], label=label, **look)
+        ax.plot(means.index.map(at), means, **look | {"marker": "_", "ms": 7})
+        ax.plot(line[x].map(at), 100 * line.val_accuracy, **look | {"ls": ""})
+        chosen = asdict(SETTINGS[line.setting.iloc[0]]) | asdict(TrainConfig())
+        chosen |= {"setting": chosen["name"], "norm_layers": "all", "decay_all": False}
+        chosen["schedule"] = "one_cycle"
+        # Places of batch norm were compared with another schedule than the one chosen.
+        same = names if x == "norm_place" else [*names, "schedule"]
+        if all(chosen[key] == line[key].iloc[0] for key in same) and chosen[x] in means.index:
+            ax.plot(at[chosen[x]], means[chosen[x]], "o", mfc="none", mec="black", ms=9, mew=0.7)
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1.05)}  # beside the panel
+    ax.legend(fontsize=7, handlelength=2.2, labelspacing=0.25, frameon=False, **place)
+
+
+def plot_search(table: pd.DataFrame, questions=tuple(QUESTIONS), axes=None):
+    """Validation accuracy against what was varied, one panel for each of the questions:
+    a point for each run, a line through the means over the seeds (solid with the schedule that
+    was chosen, dashed with another), a ring around the mean where what the panel varies has its
+    chosen values.
+
+    table: search.csv, finished or not.
+    """
+    axis = {"lr": "learning rate", "norm_place": "place in the block"}
+    axis |= {"weight_decay": "L2 coefficient", "dropout": "dropout probability"}
+    order = {"key": lambda c: c.map(list(SETTINGS).index) if c.name == "setting" else c}
+    figure, axes = _panels(axes, len(questions), 2, 1.58)
+    for ax, question in zip(axes, questions):
+        x, names = QUESTIONS[question]
+        _label(ax, question, axis.get(x, x), "val accuracy (%)", size=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+        runs = table[
+            table.questions.str.contains(question, regex=False) & table.val_accuracy.notna()
+        ]
+        if not runs.empty:
+            _plot_question(ax, runs.sort_values(names, kind="stable", **order), x, names)
+    return figure
+
+
+def plot_confusion(matrix: pd.DataFrame, axes=None):
+    """A confusion matrix, (10, 10), in percent of each true class."""
+    figure, (ax, *_) = _panels(axes, 1, 1, 2.8)
+    shares = (100 * matrix.div(matrix.sum(axis=1), axis=0)).to_numpy()
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
+    for row, column in itertools.product(range(len(CLASSES)), repeat=2):
+        if (share := shares[row, column]) >= 0.05:
+            color = "white" if share > 18 else "black"
+            ax.text(column, row, f"{share:.1f}", ha="center", va="center", color=color, fontsize=8)
+    ax.set_xticks(range(len(CLASSES)), matrix.columns, rotation=45, ha="right")
+    ax.set_yticks(range(len(CLASSES)), matrix.index)
+    title = "Predicted classes in percent of each true class"
+    _label(ax, title, "predicted class", "true class")
+    return figure
+
+
+def plot_mistakes(model: nn.Module, split: Split, axes=None):
+    """The ten mistakes made with the highest probability: true class, predicted class, percent."""
+    confidence, predicted = compute_logits(model, split.images).softmax(1).max(1)
+    wrong = (predicted != split.labels.cpu()).nonzero()[:, 0]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:10].tolist()
+    figure, axes = _panels(axes, len(worst), 5, 1.15)
+    for index, ax in zip(worst, axes):
+        truth, guess = (CLASSES[int(labels[index])] for labels in (split.labels, predicted))
+        title = f"{truth}, taken for\n{guess} ({100 * confidence[index]:.1f} %)"
+        _show_image(ax, split.images[index], title)
+    return figure
+
+
+def check_batch_norm_gradients(m: int = 32, eps: float = 1e-5, seed: int = 0) -> pd.DataFrame:
+    """Each formula of batch_norm_gradients against autograd, in float64 on a random batch of m.
+
+    Returns one row per gradient: its name, number of elements, largest absolute difference.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+    x, gamma, beta, upstream = draw(m), draw(()), draw(()), draw(m)
+    for tensor in (x, gamma, beta):
+        tensor.requires_grad_()
+    mean = x.mean()
+    variance = (x - mean).square().mean()
+    x_hat = (x - mean) / (variance + eps).sqrt()
+    y = gamma * x_hat + beta
+    expected = torch.autograd.grad(y, (gamma, beta, x_hat, variance, mean, x), upstream)
+    found = batch_norm_gradients(x.detach(), gamma.detach(), upstream, eps)
+    rows = []
+    for (name, gradient), right in zip(found.items(), expected):
+        rows.append((name, gradient.numel(), float((gradient - right).abs().max())))
+    return pd.DataFrame(rows, columns=["gradient", "elements", "largest difference"])
+
+
+def reevaluate(checkpoint: Checkpoint, splits: dict[str, Split], recorded=None) -> pd.DataFrame:
+    """Measure a checkpoint again: one row per split with the images in it, the accuracy that
+    was recorded (split to fraction; by default the checkpoint's own), the one measured now,
+    and whether they agree: at most one image differs, as rounding may on another processor.
+    Where nothing was recorded they do not.
+    """
+    if recorded is None:
+        recorded = {name: metrics.accuracy for name, metrics in checkpoint.metrics.items()}
+    rows = []
+    for name, split in splits.items():
+        accuracy = evaluate(checkpoint.model, split).accuracy
+        rows.append((name, len(split.labels), recorded.get(name, math.nan), accuracy))
+    table = pd.DataFrame(rows, columns=["split", "images", "recorded", "measured"])
+    table["agrees"] = (table.recorded - table.measured).abs() * table.images < 1.5
+    return table
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# What is defined here, and not what is imported, is the interface.
+__all__ = sorted(
+    name
+    for name, value in list(globals().items())
+    if name[0] != "_"
+    and ((name.isupper() and name != "F") or __name__ == getattr(value, "__module__", 0))
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,14 +1,22 @@
-"""Small data that a network learns in a second, and the real data where it is there."""
+"""Small data that a network learns in a second, in files like those of Fashion-MNIST, and the
+real data where it is there. A test stands for a user who is hurt when it fails."""
 
+import gzip
+import os
 import signal
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import sums
 
-from dl_utils import SETTINGS, Split, TrainConfig, load_fashion_mnist, train
+import dl_utils as dl
 
 ROOT = Path(__file__).parent.parent
+RAW = ROOT / "data/FashionMNIST/raw"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,35 +26,80 @@ def same_conditions_everywhere():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def make_split(count: int, seed: int) -> Split:
-    """Noise with a bright square, whose place tells the class."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (count,), generator=generator)
-    images = 0.2 * torch.randn(count, 1, 28, 28, generator=generator)
-    for image, label in zip(images, labels.tolist()):
-        row, column = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
-        image[0, row : row + 8, column : column + 5] += 2
-    return Split(images, labels)
+def write_tiny(raw):
+    """The four files, packed: 480 and 150 images of noise with a bright square, whose place
+    tells the class, but for every twelfth."""
+    raw.mkdir(parents=True)
+    for part, count, seed in (("train", 480, 1), ("t10k", 150, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(10, (count,), generator=generator, dtype=torch.uint8)
+        images = torch.randint(200, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        for image, label in zip(images, labels.tolist()):
+            row, column = 2 + 13 * (label // 5), 1 + 5 * (label % 5)
+            image[row : row + 8, column : column + 5] += 55
+        labels[::12] = torch.randint(10, labels[::12].shape, generator=generator).byte()
+        for kind, header, values in (
+            ("images-idx3", struct.pack(">IIII", 2051, count, 28, 28), images),
+            ("labels-idx1", struct.pack(">II", 2049, count), labels),
+        ):
+            content = gzip.compress(header + values.numpy().tobytes())
+            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(content)
 
 
 @pytest.fixture(scope="session")
-def splits():
-    return {"train": make_split(330, 1), "val": make_split(100, 2), "test": make_split(150, 3)}
+def tiny_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_tiny(root / "FashionMNIST/raw")
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_root, monkeypatch):
+    """The folder of the small data, which is Fashion-MNIST now."""
+    monkeypatch.setattr(dl, "DATA_FILES", sums(tiny_root / "FashionMNIST/raw"))
+    dl._load_once.cache_clear()
+    return tiny_root
+
+
+@pytest.fixture(scope="session")
+def splits(tiny_root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dl, "DATA_FILES", sums(tiny_root / "FashionMNIST/raw"))
+        return dl.load_fashion_mnist(tiny_root)
 
 
 @pytest.fixture(scope="session")
 def config():
-    return TrainConfig(epochs=3, batch_size=16)
+    return dl.TrainConfig(epochs=3, batch_size=16)
 
 
 @pytest.fixture(scope="session")
 def trained(splits, config):
     """A short run of every setting on the small data."""
-    return {name: train(setting, splits, config) for name, setting in SETTINGS.items()}
+    return {name: dl.train(row, splits, config) for name, row in dl.SETTINGS.items()}
 
 
 @pytest.fixture(scope="session")
 def real_splits():
-    if not (ROOT / "data/FashionMNIST/raw/train-images-idx3-ubyte.gz").exists():
+    if not (RAW / "train-images-idx3-ubyte.gz").exists():
         pytest.skip("Fashion-MNIST is not in data/FashionMNIST/raw")
-    return load_fashion_mnist(ROOT / "data")
+    return dl.load_fashion_mnist()
+
+
+def start(root, *arguments, script="tiny.py", **options):
+    """The command line in a process of its own, with real workers, on the small data in root."""
+    command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
+    environment = os.environ | {"TINY": str(root)} | options.pop("env", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(command, env=environment, start_new_session=True, **options)
+
+
+def run(root, *arguments, **options):
+    """The same to its end: exit code, stdout, stderr."""
+    process = start(root, *arguments, **options)
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def weights_equal(a, b):
+    return all(map(torch.equal, a.model.state_dict().values(), b.model.state_dict().values()))

@@ -46,7 +46,7 @@ def test_gradient_of_x_is_that_of_torch_batch_norm():
 
 
 def test_parameter_count_of_question_2_is_that_of_real_layers():
-    text = (ROOT / "theory.md").read_text()
+    text = (ROOT / "theory.md").read_text(encoding="utf-8")
     layers = [nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, 100), (100, 200), (200, 400))]
     counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     for count in (*counts, sum(counts)):
@@ -59,7 +59,7 @@ def test_parameter_count_of_question_2_is_that_of_real_layers():
 
 def test_final_answers_hold_only_what_is_allowed():
     """Looks at what stands after the last equals sign of each answer."""
-    text = (ROOT / "theory.md").read_text().split("### Question 3")[1]
+    text = (ROOT / "theory.md").read_text(encoding="utf-8").split("### Question 3")[1]
     parts = re.split(r"^\*\*([a-f])\.\*\*", text, flags=re.M)[1:]
     for letter, part in zip(parts[::2], parts[1::2]):
         formulas = re.findall(r"\$\$(.+?)\$\$", part, flags=re.S)
@@ -77,6 +77,8 @@ def test_final_answers_hold_only_what_is_allowed():
      r"\\\[", r"\$ [^$\n]+ \$", r"\\text{[^}]*_", r"\$\$[^$]*\n\s*\n[^$]*\$\$", r"\n[-+*] "],
 )  # fmt: skip
 def test_math_is_of_the_kind_that_renders_everywhere(pattern):
-    blocks = re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", (ROOT / "theory.md").read_text(), re.S)
+    blocks = re.findall(
+        r"\$\$.+?\$\$|\$[^$\n]+\$", (ROOT / "theory.md").read_text(encoding="utf-8"), re.S
+    )
     assert len(blocks) > 50
     assert not [block for block in blocks if re.search(pattern, block)]
