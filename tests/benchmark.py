@@ -1,19 +1,20 @@
-"""Times training and measuring against the loop that everyone copies, and against the bound.
+"""Times training and measuring against the loop that everyone copies, and the commands.
 
     python tests/benchmark.py            half an hour, on an idle machine
 
-Not part of the tests. What is compared is run in turn, round after round; a row has the median
-of the rounds' ratios, and the least and the greatest of them.
+Not part of the tests. What is compared is run in turn, round after round, on one thread; a row
+has the median of the rounds' ratios, and the least and the greatest of them.
 """
 
 import argparse
+import functools
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,14 +28,8 @@ from torchvision import datasets, transforms  # noqa: E402
 
 import dl_utils as dl  # noqa: E402
 
-# Multiply-adds of one image. Backward: once more for the gradients of the weights and once more
-# for those of the inputs, which the first layer does not need.
-FIRST = 28 * 28 * 6 * 25
-FORWARD = FIRST + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
-TRAINING = 3 * FORWARD - FIRST
 
-
-class Classic(nn.Module):
+class Tutorial(nn.Module):
     """LeNet-5 as tutorials write it: the same function as the baseline."""
 
     def __init__(self):
@@ -48,39 +43,30 @@ class Classic(nn.Module):
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
-def classic_loaders(batch_size):
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((dl.MEAN,), (dl.STD,))]
-    )
-    parts = [datasets.FashionMNIST(ROOT / "data", part, transform) for part in (True, False)]
-    return [DataLoader(part, batch_size, shuffle=part.train) for part in parts]
-
-
-def classic_train(loader):
-    model = Classic()
+def tutorial_train(loader):
+    model = Tutorial()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    total = 0.0
     for images, labels in loader:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-        total += loss.item()
 
 
-def classic_measure(loaders):
-    model, hits = Classic().eval(), 0
+def tutorial_measure(loaders):
+    model, hits = Tutorial().eval(), 0
     with torch.no_grad():
         for loader in loaders:
             for images, labels in loader:
                 hits += (model(images).argmax(1) == labels).sum().item()
 
 
-def our_train(setting, split, batch_size):
-    """One epoch of dl_utils.train with Adam; what it measures then is ten images."""
-    config = dl.TrainConfig(1, batch_size, optimizer="adam")
-    splits = {"train": split, "val": first(10, split)}
-    dl.train(replace(setting, lr=1e-3), splits, config, measure=("val",), device="cpu")
+def our_train(split):
+    setting, config = dl.Setting("adam", "Adam", lr=1e-3), dl.TrainConfig(optimizer="adam")
+    model = dl.build_model(setting, config)
+    optimizer = dl.make_optimizer(model, setting, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    batches = dl.minibatches(split, config.batch_size, torch.Generator())
+    dl.train_epoch(model, batches, optimizer, schedule)
 
 
 def our_measure(splits):
@@ -88,60 +74,42 @@ def our_measure(splits):
         dl.evaluate(dl.build_model(dl.SETTINGS["baseline"]), split)
 
 
-def first(count, split):
-    return dl.Split(*(part[:count] for part in split))
-
-
-def seconds(function, *arguments):
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def bound(size=2048):
-    """Seconds for the multiply-adds of an epoch at the rate of one large matrix product."""
+def product(size=2048):
+    """Seconds for the multiply-adds of an epoch of 60,000 images as one large matrix product.
+    Backward needs them twice more, but not for the inputs of the first layer."""
+    first = 28 * 28 * 6 * 25
+    forward = first + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
     matrix = torch.randn(size, size)
-    fastest = min(seconds(torch.mm, matrix, matrix) for _ in range(4))
-    return TRAINING * 60_000 / size**3 * fastest
+    fastest = min(seconds(functools.partial(multiply, matrix)) for _ in range(4))
+    return (3 * forward - first) * 60_000 / size**3 * fastest
+
+
+def multiply(matrix):
+    torch.mm(matrix, matrix)
+
+
+def seconds(function):
+    """What the function takes, or what it says."""
+    start = time.perf_counter()
+    said = function()
+    return time.perf_counter() - start if said is None else said
 
 
 def command(*arguments):
-    """Seconds and peak memory (GB) of a command, by the operating system's own account."""
-    script = (
-        "import resource, subprocess, sys, time; start = time.perf_counter();"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
-        "usage = resource.getrusage(resource.RUSAGE_CHILDREN);"
-        "print(time.perf_counter() - start, usage.ru_maxrss)"
-    )
-    run = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
-    elapsed, kilobytes = map(float, done.stdout.split()[-2:])
-    return elapsed, kilobytes / 1e6
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 
-def training_by_workers(workers):
-    """Seconds of training of two jobs: their sum on one worker, the longer one on two."""
-    jobs = [(dl.SETTINGS["baseline"], dl.TrainConfig(2, seed=seed)) for seed in (0, 1)]
-    options = {"workers": workers, "root": ROOT / "data", "measure": ("val",)}
-    spent = [run.seconds for run in dl.train_many(jobs, **options)]
-    return sum(spent) if workers == 1 else max(spent)
+def two_runs(workers):
+    jobs = [(dl.SETTINGS["baseline"], dl.TrainConfig(8, seed=seed)) for seed in (0, 1)]
+    dl.train_many(jobs, workers=workers, every_epoch=False, device="cpu")
 
 
-def in_turn(rounds, **functions):
-    """What each function gives, or else the seconds it takes: a list for every function."""
-    results = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            value = function()
-            results[name].append(time.perf_counter() - start if value is None else value)
-    return results
-
-
-def row(name, numerators, denominators, aim=""):
-    ratios = sorted(a / b for a, b in zip(numerators, denominators))
+def compare(name, rounds, one, other):
+    """Print the ratio of the time that one takes to that of the other."""
+    ratios = sorted(seconds(one) / seconds(other) for _ in range(rounds))
     spread = f"{ratios[0]:.1f} to {ratios[-1]:.1f}"
-    print(f"| {name} | {statistics.median(ratios):.1f} | {spread} | {aim} |", flush=True)
+    print(f"| {name} | {statistics.median(ratios):.1f} | {spread} |", flush=True)
 
 
 def main():
@@ -149,62 +117,45 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    splits = dl.load_fashion_mnist(ROOT / "data")
-    whole = dl.Split(*(torch.cat(parts) for parts in zip(splits["train"], splits["val"])))
-    base, norm = dl.SETTINGS["baseline"], dl.SETTINGS["batch_norm"]
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{dl.describe_machine()}, {capability}; one thread, {rounds} rounds\n")
-    print("| 60,000 images, ratio of times | median | least to greatest | aim |")
-    print("|:--|--:|--:|--:|")
-    for size in (64, 128):
-        train_loader, test_loader = classic_loaders(size)
-        times = in_turn(
-            rounds,
-            classic=lambda loader=train_loader: classic_train(loader),
-            ours=lambda size=size: our_train(base, whole, size),
-            classic_measure=lambda both=(train_loader, test_loader): classic_measure(both),
-            measure=lambda: our_measure((whole, splits["test"])),
-        )
-        row(f"classic / ours, epoch of training, batches of {size}",
-            times["classic"], times["ours"], "4.0 or more")  # fmt: skip
-        row(f"classic / ours, train and test accuracy, batches of {size}",
-            times["classic_measure"], times["measure"], "4.0 or more")  # fmt: skip
-    times = in_turn(
-        rounds, bound=bound,
-        base=lambda: our_train(base, whole, 128), norm=lambda: our_train(norm, whole, 128),
-    )  # fmt: skip
-    row("epoch of training / bound, no regularization", times["base"], times["bound"], "up to 3.0")
-    row("epoch of training / bound, batch norm", times["norm"], times["bound"], "up to 5.0")
-    parts = {str(count): first(count, whole) for count in (10_000, 20_000, 60_000)}
-    runs = {name: lambda part=part: our_train(base, part, 128) for name, part in parts.items()}
-    times = in_turn(rounds, **runs)
-    row("epoch of 20,000 / of 10,000 images", times["20000"], times["10000"], "2.0")
-    row("epoch of 60,000 / of 10,000 images", times["60000"], times["10000"], "6.0")
-    times = in_turn(
-        rounds, one=lambda: training_by_workers(1), two=lambda: training_by_workers(2)
-    )  # fmt: skip
-    row("throughput of 2 workers / of 1", times["one"], times["two"], "1.7 or more")
+    sys.stdout.reconfigure(line_buffering=True)
+    tensors = dl.read_data_files()
+    parts = [
+        dl.Split((x.float() / 255 - dl.MEAN) / dl.STD, y.long())
+        for x, y in (tensors[:2], tensors[2:])
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        test = ["dl_utils.py", "test", "weights/dropout.pt"]
-        runs = in_turn(
-            rounds,
-            torch=lambda: command(sys.executable, "-c", "import torch")[0],
-            test=lambda: command(sys.executable, *test),
-        )
-        row(
-            "`test` of one file, cold / import of torch",
-            [s for s, _ in runs["test"]],
-            runs["torch"],
-        )
-        train = ["dl_utils.py", "train", "combined", "--epochs", "1", "--out", folder]
+        root = Path(folder)
+        raw = root / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for path in (ROOT / "data/FashionMNIST/raw").glob("*.gz"):
+            (raw / path.name).symlink_to(path)  # torchvision unpacks beside them
+        normalize = transforms.Normalize((dl.MEAN,), (dl.STD,))
+        transform = transforms.Compose([transforms.ToTensor(), normalize])
+        sets = [datasets.FashionMNIST(root, part, transform, download=True) for part in (1, 0)]
+        train, test = (DataLoader(data, 128, shuffle=data.train) for data in sets)
+        both = functools.partial
+        cpu = torch.backends.cpu.get_cpu_capability()
+        print(f"Python {platform.python_version()}, torch {torch.__version__}, {cpu}, "
+              f"{os.cpu_count()} cores, {rounds} rounds\n")  # fmt: skip
+        print("| times, one thread | median ratio | least to greatest |\n|:--|--:|--:|")
+        compare("tutorial / ours, an epoch of training", rounds,
+                both(tutorial_train, train), both(our_train, parts[0]))  # fmt: skip
+        compare("tutorial / ours, measuring train and test", rounds,
+                both(tutorial_measure, (train, test)), both(our_measure, parts))  # fmt: skip
+        compare(
+            "tutorial / ours, both together", rounds,
+            lambda: [tutorial_train(train), tutorial_measure((train, test))][0],
+            lambda: [our_train(parts[0]), our_measure(parts)][0],
+        )  # fmt: skip
+        compare("an epoch / its multiply-adds as a matrix product", rounds,
+                both(our_train, parts[0]), product)  # fmt: skip
+        compare("two runs, one worker / two workers", rounds, both(two_runs, 1), both(two_runs, 2))
+        imports = both(command, "-c", "import torch")
+        compare("`test` of one file / import of torch", rounds,
+                both(command, "dl_utils.py", "test", "weights/dropout.pt"), imports)  # fmt: skip
         notebook = ["--to", "notebook", "--execute", "--output-dir", folder, "EX1.ipynb"]
-        print("\n| whole commands | measured | aim |\n|:--|--:|--:|")
-        print(f"| peak memory of `test` | {max(gb for _, gb in runs['test']):.2f} GB | |")
-        print(f"| peak memory of training | {command(sys.executable, *train)[1]:.2f} GB | 1.5 GB |")
-        time_of_test = statistics.median(s for s, _ in runs["test"])
-        print(f"| time of `test` of one file, cold | {time_of_test:.1f} s | |")
-        elapsed = command(sys.executable, "-m", "jupyter", "nbconvert", *notebook)[0]
-        print(f"| time of the notebook, {os.cpu_count()} cores | {elapsed:.0f} s | |")
+        compare("the notebook / import of torch", rounds,
+                both(command, "-m", "jupyter", "nbconvert", *notebook), imports)  # fmt: skip
 
 
 if __name__ == "__main__":
