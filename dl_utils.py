@@ -58,13 +58,13 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ settings
 
 
-def _allow(default, words, rule):
+def _allow(words, rule, **options):
     """A field of a dataclass, with the values that it may have in words and as a rule."""
-    return field(default=default, metadata={"words": words, "rule": rule})
+    return field(metadata={"words": words, "rule": rule}, **options)
 
 
 def _one_of(*values):
-    return _allow(values[0], f"one of {', '.join(map(str, values))}", values.__contains__)
+    return _allow(f"one of {', '.join(map(str, values))}", values.__contains__, default=values[0])
 
 
 def _check_fields(record) -> None:
@@ -82,24 +82,17 @@ def _check_fields(record) -> None:
 @dataclass(frozen=True)
 class Setting:
     """What is compared: techniques, their strength, and the learning rate that suits them.
+    Raises ValueError for a value that is not allowed."""
 
-    Raises ValueError for a value that is not allowed.
-    """
-
-    name: str = field(  # its name in the code, and of its files
-        metadata={"words": "letters, digits, - and _", "rule": re.compile(r"[\w-]+").fullmatch}
-    )
-    label: str = field(  # its name in tables and figures
-        compare=False, metadata={"words": "a text", "rule": str.strip}
-    )
+    name: str = _allow("letters, digits, - and _", re.compile(r"[\w-]+").fullmatch)  # of files
+    label: str = _allow("a text", str.strip, compare=False)  # in tables and figures
     # Probability of dropping a hidden fully connected unit (Srivastava et al. 2014).
-    dropout: float = _allow(0.0, "a number >= 0 and < 1", lambda p: 0 <= p < 1)
+    dropout: float = _allow("a number >= 0 and < 1", lambda p: 0 <= p < 1, default=0.0)
     # Lambda of the penalty lambda / 2 * ||w||^2 on the weights (Krogh and Hertz 1991).
-    weight_decay: float = _allow(0.0, "a number >= 0", lambda x: 0 <= x < math.inf)
-    # Normalize the four hidden layers (Ioffe and Szegedy 2015).
-    batch_norm: bool = _one_of(False, True)
+    weight_decay: float = _allow("a number >= 0", lambda x: 0 <= x < math.inf, default=0.0)
+    batch_norm: bool = _one_of(False, True)  # of all hidden layers (Ioffe and Szegedy 2015)
     # The highest learning rate of the schedule.
-    lr: float = _allow(0.08, "a number > 0", lambda x: 0 < x < math.inf)
+    lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)
 
     __post_init__ = _check_fields
 
@@ -113,10 +106,10 @@ class Setting:
 class TrainConfig:
     """What all settings share. Raises ValueError for a value that is not allowed."""
 
-    epochs: int = _allow(16, "a whole number >= 1", lambda n: n >= 1)
-    batch_size: int = _allow(128, "a whole number >= 1", lambda n: n >= 1)
+    epochs: int = _allow("a whole number >= 1", lambda n: n >= 1, default=16)
+    batch_size: int = _allow("a whole number >= 1", lambda n: n >= 1, default=128)
     # Draws validation images, initial weights, order of batches and dropout masks.
-    seed: int = _allow(0, "a whole number from 0 to 2**30", lambda n: 0 <= n <= 2**30)
+    seed: int = _allow("a whole number, 0 to 2**30", lambda n: 0 <= n <= 2**30, default=0)
     optimizer: str = _one_of("sgd", "adam")
     activation: str = _one_of("relu", "tanh")
     pooling: str = _one_of("max", "average")
@@ -138,10 +131,8 @@ SETTINGS = {
 
 # ---------------------------------------------------------------------------------- data
 
-# fmt: off
 CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat",
-           "sandal", "shirt", "sneaker", "bag", "ankle boot")
-# fmt: on
+           "sandal", "shirt", "sneaker", "bag", "ankle boot")  # fmt: skip
 MEAN, STD = 0.2860, 0.3530  # of the pixels of the 60,000 training images, scaled to 0..1
 
 
@@ -203,10 +194,8 @@ class LeNet5(nn.Module):
     the same function as after it, on a quarter of the elements.
     """
 
-    def __init__(
-        self, dropout=0.0, batch_norm=False, activation="relu",
-        pooling="max", norm_place="after_activation",
-    ):  # fmt: skip
+    def __init__(self, dropout=0.0, batch_norm=False, activation="relu",
+                 pooling="max", norm_place="after_activation"):  # fmt: skip
         super().__init__()
         act = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
         pool = {"max": MaxPool, "average": nn.AvgPool2d}[pooling]
@@ -237,12 +226,6 @@ class LeNet5(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
-
-
-def _network(setting: Setting, config: TrainConfig) -> LeNet5:
-    return LeNet5(
-        setting.dropout, setting.batch_norm, config.activation, config.pooling, config.norm_place
-    )
 
 
 def build_model(setting: Setting, config: TrainConfig | None = None) -> LeNet5:
@@ -285,23 +268,14 @@ def evaluate(model: nn.Module, split: Split) -> Metrics:
     return Metrics(loss, (logits.argmax(1) == labels).sum().item() / len(labels))
 
 
-def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
-    """Counts of images, (10, 10): rows are true classes, columns are predicted ones."""
-    pairs = split.labels.cpu() * len(CLASSES) + compute_logits(model, split.images).argmax(1)
-    counts = torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
-    return pd.DataFrame(counts.numpy(), index=CLASSES, columns=CLASSES)
-
-
 # ------------------------------------------------------------------------------ training
 
 
 @dataclass
 class Checkpoint:
-    """A trained model, in evaluation mode, with everything that explains it.
-
-    history: DataFrame of epoch, split, loss, accuracy. metrics: split name to Metrics of the
-    model. seconds: processor time of the run. Of a bare state dict the last three are empty.
-    """
+    """A trained model, in evaluation mode, with everything that explains it: the history of its
+    epochs (columns epoch, split, loss, accuracy), the Metrics of the model for each split, the
+    processor time of the run. Of a bare state dict these three are empty."""
 
     model: LeNet5
     setting: Setting
@@ -309,10 +283,6 @@ class Checkpoint:
     history: pd.DataFrame
     metrics: dict[str, Metrics]
     seconds: float
-
-
-class DivergedError(ValueError):
-    """Training has left the finite numbers."""
 
 
 def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
@@ -400,6 +370,10 @@ def _alone_on_one_thread(device: torch.device):
             torch.set_num_threads(threads)
 
 
+class DivergedError(ValueError):
+    """Training has left the finite numbers."""
+
+
 def find_device(device=None) -> torch.device:
     """The device asked for; by default this machine's accelerator, else the CPU. Raises
     ValueError for a device that this machine cannot use."""
@@ -474,10 +448,8 @@ def _download(folder: Path, name: str, missing: list[str]) -> bytearray:
             write_file(folder / f"{name}.gz", packed)
             return content
         reason = "the server sent something else"
-    raise OSError(
-        f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
-        f"put {', '.join(missing)} there"
-    )
+    raise OSError(f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
+                  f"put {', '.join(missing)} there")  # fmt: skip
 
 
 def classify(model: nn.Module, picture) -> pd.Series:
@@ -490,11 +462,10 @@ def classify(model: nn.Module, picture) -> pd.Series:
 
     if isinstance(picture, (str, os.PathLike)):
         image = ImageOps.exif_transpose(Image.open(picture)).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    else:
-        pixels = np.asarray(picture).squeeze()
-        image = Image.fromarray((pixels * (255 if pixels.dtype.kind == "f" else 1)).astype("uint8"))
-    pixels = np.asarray(image.convert("L"))
+        picture = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(picture).squeeze()
+    pixels = (pixels * (255 if pixels.dtype.kind == "f" else 1)).astype("uint8")
+    pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean() > 127:
         pixels = 255 - pixels
     pixels = torch.tensor(np.asarray(ImageOps.pad(Image.fromarray(pixels), (28, 28))))
@@ -553,6 +524,12 @@ def load_checkpoint(path, device="cpu") -> Checkpoint:
         raise ValueError(f"{path} is not usable: {error}") from error
     checkpoint.model.to(device)
     return checkpoint
+
+
+def _network(setting: Setting, config: TrainConfig) -> LeNet5:
+    return LeNet5(
+        setting.dropout, setting.batch_norm, config.activation, config.pooling, config.norm_place
+    )
 
 
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
@@ -626,24 +603,19 @@ def usable_workers(root="/") -> int:
     """How many runs this process may train at once: by the CPUs that it may use (affinity, quota
     of its control group) and by memory. root: of the file system that says so on Linux."""
 
-    def numbers(file: str, pattern: str) -> list[int]:
+    def find(file: str, pattern: str) -> list[str]:
         try:
-            found = re.search(pattern, (Path(root) / file).read_text())
+            return re.findall(pattern, (Path(root) / file).read_text(encoding="utf-8"))
         except OSError:
-            found = None
-        return [int(number) for number in found.groups()] if found else []
+            return []
 
     affinity = getattr(os, "sched_getaffinity", None)
     limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
-    limits += [1024 * n / RUN_MEMORY for n in numbers("proc/meminfo", r"MemAvailable:\s*(\d+)")]
-    group = Path("sys/fs/cgroup")  # of a container its own
-    with contextlib.suppress(OSError, StopIteration):
-        lines = (Path(root) / "proc/self/cgroup").read_text().splitlines()
-        group /= next(line[4:] for line in lines if line.startswith("0::/"))
+    limits += [1024 * int(n) / RUN_MEMORY for n in find("proc/meminfo", r"MemAvailable:\s*(\d+)")]
+    group = Path("sys/fs/cgroup", *find("proc/self/cgroup", r"(?m)^0::/(.+)$"))
     for folder in (group, *group.parents):
-        limits += [n / RUN_MEMORY for n in numbers(f"{folder}/memory.max", r"^(\d+)")]
-        if quota := numbers(f"{folder}/cpu.max", r"^(\d+) (\d+)"):
-            limits.append(quota[0] / quota[1])
+        limits += [int(n) / RUN_MEMORY for n in find(f"{folder}/memory.max", r"^\d+")]
+        limits += [int(n) / int(of) for n, of in find(f"{folder}/cpu.max", r"^(\d+) (\d+)")]
     return max(1, int(min(limits)))
 
 
@@ -670,7 +642,7 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
             read_data_files(options.get("root"))  # one download or error, not one in each worker
             count = min(len(jobs), workers or usable_workers())
             executor = stack.enter_context(_processes(count, bar))
-        with _no_interrupts():  # processes that start now inherit to be deaf to Ctrl-C
+        with _deaf_to_interrupts():
             futures = {executor.submit(_run_job, job, **options): i for i, job in enumerate(jobs)}
         stack.callback(lambda: [future.cancel() for future in futures])  # after an exception
         for future in as_completed(futures):
@@ -681,7 +653,8 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
                     on_finish(index, results[index])
             except Exception as error:
                 results[index] = error
-            _report(*jobs[index], results[index])
+            with tqdm.external_write_mode():
+                _print_result(*jobs[index], results[index])
             bar.update(0 if local else jobs[index][1].epochs)
     if killed := sum(isinstance(result, BrokenProcessPool) for result in results):
         print(f"{killed} runs are not finished, as a worker was killed (short of memory? try fewer "
@@ -689,15 +662,13 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
     return results
 
 
-def _report(setting: Setting, config: TrainConfig, result: Checkpoint | Exception) -> None:
-    """A line as soon as a run is finished."""
-    text = f"{setting.name}, seed {config.seed}"
-    with tqdm.external_write_mode():
-        if isinstance(result, Checkpoint):
-            values = (f"{name} {m.accuracy:.2%}" for name, m in result.metrics.items())
-            print(f"{text}: {', '.join(values)}, {result.seconds:.0f} s", flush=True)
-        elif not isinstance(result, BrokenProcessPool):
-            print(f"{text}, failed: {result}", file=sys.stderr, flush=True)
+def _print_result(setting: Setting, config: TrainConfig, result: Checkpoint | Exception) -> None:
+    run = f"{setting.name}, seed {config.seed}"
+    if isinstance(result, Checkpoint):
+        values = [f"{name} {metrics.accuracy:.2%}" for name, metrics in result.metrics.items()]
+        print(f"{run}: {', '.join(values)}, {result.seconds:.0f} s", flush=True)
+    elif not isinstance(result, BrokenProcessPool):
+        print(f"{run}, failed: {result}", file=sys.stderr, flush=True)
 
 
 _load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
@@ -712,9 +683,9 @@ def _run_job(job, root=None, names=("train", "val", "test"), **options) -> bytes
 
 
 @contextlib.contextmanager
-def _no_interrupts():
-    """Ctrl-C has no effect meanwhile (only the main thread can see to that)."""
-    main = threading.current_thread() is threading.main_thread()
+def _deaf_to_interrupts():
+    """Ctrl-C has no effect meanwhile, nor later on processes that start meanwhile."""
+    main = threading.current_thread() is threading.main_thread()  # others cannot change this
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         yield
@@ -746,7 +717,7 @@ def _processes(count: int, bar: tqdm):
 def _start_worker(lifeline, epochs) -> None:
     global _count_epoch
     _count_epoch = functools.partial(epochs.put, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not inherited on Windows
 
     def wait_for_the_end():
         with contextlib.suppress(EOFError, OSError):
@@ -821,19 +792,19 @@ def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 # ---------------------------------------------------------------------------------- study
 
-# weights/study.csv is the plan and the record of the study: a row is a run, and one without an
-# accuracy is a run to do. Rows are added, never taken out. All runs have 16 epochs, batches of
-# 128, SGD, ReLU, maximum pooling and batch norm after the activation, where no part says
-# otherwise, and three seeds, 101 to 103, each with its own validation images. Strength and
-# learning rate of a technique are tuned together. Windows come from runs of seed 100.
+# weights/study.csv is plan and record of the study: a row is a run, and one without an accuracy
+# is a run to do. Rows are added, never taken out. All runs have 16 epochs, batches of 128, SGD,
+# ReLU, maximum pooling and batch norm after the activation, where no part says otherwise, and
+# the seeds 101, 102 and 103, each with validation images of its own. Strength and learning rate
+# of a technique are tuned together. The windows come from runs of seed 100.
 #
 #   A  no regularization and batch norm: rates; dropout, weight decay: strengths x rates.
 #   B  fixed choices, one changed at a time, at three rates: tanh, average pooling, batches of
 #      64 and of 256, Adam (no regularization); norm before the activation (batch norm).
+#   D  combinations: the strengths of A, and all of them halved, x three rates: the best of A (of
+#      two techniques the higher, of three the middle one), half of it and twice it.
 #   C  length: the settings of A and all three, as chosen, with 8 and with 32 epochs.
-#   D  combinations: the strengths of A, and all of them halved, x three rates: the best of A,
-#      of two techniques the higher and of three the middle one, half of it and twice it.
-#   E  is the final runs: the settings as chosen, seeds 0 to 7, in weights/. They choose nothing.
+#   E  is the final runs, in weights/: settings as chosen, seeds 0 to 7. They choose nothing.
 #
 # Rules, fixed before the first run:
 # 1. In each grid of A and D the highest mean validation accuracy of three seeds wins, ties go to
@@ -873,17 +844,17 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not the table of a study: {error}") from error
 
-        def record(index: int, *outcome: float) -> None:
+        def record(index: int, run: Checkpoint | None) -> None:
+            outcome = [0.1, 0.1, 0.0]  # of a run that diverged
+            if run:
+                outcome = [run.metrics["val"].accuracy, run.metrics["train"].accuracy, run.seconds]
             table.loc[todo[index], OUTCOME] = outcome
             write_file(path, table.to_csv(index=False).encode())
 
-        def save(index: int, run: Checkpoint) -> None:
-            record(index, *(run.metrics[name].accuracy for name in ("val", "train")), run.seconds)
-
-        options |= {"names": ("train", "val"), "every_epoch": False, "on_finish": save}
+        options |= {"names": ("train", "val"), "every_epoch": False, "on_finish": record}
         for index, result in enumerate(train_many(jobs, executor, **options)):
             if isinstance(result, DivergedError):
-                record(index, 0.1, 0.1, 0.0)
+                record(index, None)
     return table
 
 
@@ -907,7 +878,14 @@ def noise_band(table: pd.DataFrame) -> float:
     return 2 * math.sqrt(2 / cells.shape[1] * float((rest**2).to_numpy().sum()) / freedom)
 
 
-# --------------------------------------------------------------------------------- theory
+# --------------------------------------------------------------------- report and theory
+
+
+def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
+    """Counts of images, (10, 10): rows are true classes, columns are predicted ones."""
+    pairs = split.labels.cpu() * len(CLASSES) + compute_logits(model, split.images).argmax(1)
+    counts = torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
+    return pd.DataFrame(counts.numpy(), index=CLASSES, columns=CLASSES)
 
 
 def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
@@ -952,35 +930,31 @@ def build_parser() -> argparse.ArgumentParser:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("dl_utils.py", description=__doc__, **form)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    where, speed = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    text = "the folder of Fashion-MNIST (data/ beside this file)"
+    where.add_argument("--data", metavar="FOLDER", help=text)
+    where.add_argument("--device", help="cpu, cuda, ... (this machine's accelerator, else cpu)")
+    text = "runs at a time (what processors and memory allow)"
+    speed.add_argument("--workers", type=int, metavar="N", help=text)
 
-    def add(run, text: str, *flags: str):
-        help = {
-            "--data": "the folder of Fashion-MNIST (data/ beside this file)",
-            "--device": "cpu, cuda, ... (this machine's accelerator, else its cpu)",
-            "--workers": "runs at a time (what processors and memory allow)",
-        }
-        name = run.__name__.removeprefix("_").removesuffix("_command")
-        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    def add(run, name: str, text: str, *parents: argparse.ArgumentParser):
+        command = commands.add_parser(name, help=text, description=text, parents=parents)
         command.set_defaults(run=run)
-        for flag in flags:
-            kind = int if flag == "--workers" else str
-            command.add_argument(flag, type=kind, help=help[flag], metavar="X")
         return command.add_argument
 
-    names, every = f"{', '.join(SETTINGS)}, or all", ("--data", "--device", "--workers")
-    option = add(_train_command, "train settings from scratch", *every)
-    option("settings", nargs="*", metavar="SETTING", help=names)
+    option = add(_train_command, "train", "train settings from scratch", where, speed)
+    option("settings", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
     option("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (0)")
     option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
     option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
     text = "measure saved runs, and exit with 1 where that is not what they recorded"
-    option = add(_test_command, text, *every[:2])
+    option = add(_test_command, "test", text, where)
     text = "files, names of settings in weights/, or folders, of which the lowest seed counts"
     option("paths", nargs="*", metavar="PATH", help=f"{text} (weights/)")
-    option = add(_search_command, "run the rows of a study that lack an accuracy", *every)
+    option = add(_search_command, "search", "run what a study lacks", where, speed)
     option("table", nargs="?", default=STUDY, help="a CSV file (weights/study.csv)")
-    option = add(_collect_command, "write results.csv from the checkpoints of a folder")
-    option("folder")
+    text = "write results.csv of a folder, from its checkpoints"
+    add(_collect_command, "collect", text)("folder")
     return parser
 
 
@@ -1007,11 +981,12 @@ def _test_command(args) -> int:
     for path in map(Path, args.paths or [HERE / "weights"]):
         if not path.exists() and str(path) in SETTINGS:
             path = HERE / "weights" / f"{path}.pt"
-        found = load_runs(path) if path.is_dir() else [load_checkpoint(path)]
-        lowest = {run.setting.name: run for run in reversed(found)}  # the lowest seed comes first
-        for run in reversed(lowest.values()):
-            name = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
-            files[name] = run
+        lowest = {}  # seeds, which come first
+        for run in load_runs(path) if path.is_dir() else [load_checkpoint(path)]:
+            lowest.setdefault(run.setting.name, run)
+        for run in lowest.values():
+            file = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
+            files[file] = run
     device, load = find_device(args.device), functools.cache(load_fashion_mnist)
     rows, differing = [], []
     for path, run in files.items():

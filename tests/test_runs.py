@@ -154,8 +154,9 @@ def test_ctrl_c_ends_training_cleanly(tiny, tmp_path, when):
     if when == "a run is finished":
         process.stdout.readline()
     else:
-        while len(processes(process.pid)) < 3:
+        while len(processes(process.pid)) < 4:  # with the resource tracker of multiprocessing
             time.sleep(0.02)
+        time.sleep(1)  # Python still imports there
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -253,7 +254,7 @@ def test_the_recorded_study_has_three_seeds_of_every_configuration(study):
         assert sorted(cell.seed) == [101, 102, 103]
     assert not study.duplicated(dl.FIELDS).any(), "a run stands twice"
     done = study.dropna()
-    assert (done.val_accuracy.between(0.1, 1) & done.train_accuracy.between(0.1, 1)).all()
+    assert (done.val_accuracy.between(0.05, 1) & done.train_accuracy.between(0.05, 1)).all()
     hits = 5000 * done.val_accuracy
     assert ((hits - hits.round()).abs() < 1e-6).all(), "not an accuracy on 5,000 images"
 
