@@ -697,11 +697,18 @@ def _deaf_to_interrupts():
 @contextlib.contextmanager
 def _processes(count: int, bar: tqdm):
     """A pool of spawned processes. They hold one end of a pipe and exit when the other end is
-    closed: by this process, after an exception, or by the system, however this process ends."""
+    closed: by this process, after an exception, or by the system, however this process ends.
+    Through a second pipe they send a byte for each epoch (no queue: its lock may die with them)."""
     spawn = multiprocessing.get_context("spawn")
-    (lifeline, held), epochs = spawn.Pipe(duplex=False), spawn.SimpleQueue()
+    (lifeline, held), (received, epochs) = spawn.Pipe(duplex=False), spawn.Pipe(duplex=False)
+
+    def count_epochs():
+        with contextlib.suppress(EOFError, OSError):  # when nobody is left to send
+            while received.recv_bytes():
+                bar.update()
+
     pool = ProcessPoolExecutor(count, spawn, _start_worker, (lifeline, epochs))
-    counter = threading.Thread(target=lambda: [bar.update() for _ in iter(epochs.get, None)])
+    counter = threading.Thread(target=count_epochs)
     counter.start()
     try:
         yield pool
@@ -710,13 +717,13 @@ def _processes(count: int, bar: tqdm):
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        epochs.put(None)
+        epochs.close()
         counter.join()
 
 
 def _start_worker(lifeline, epochs) -> None:
     global _count_epoch
-    _count_epoch = functools.partial(epochs.put, 1)
+    _count_epoch = functools.partial(epochs.send_bytes, b".")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # not inherited on Windows
 
     def wait_for_the_end():

@@ -43,6 +43,8 @@ def test_each_technique_is_in_its_own_settings_and_no_others(name):
         "batch_norm" in on
     )
     assert [m.p for m in layers if isinstance(m, nn.Dropout)] == [setting.dropout] * 2
+    acts = [type(m) for m in layers if type(m).__module__ == nn.ReLU.__module__]
+    assert acts == [nn.ReLU] * 4, "an activation has drifted"
 
 
 def test_the_settings_of_the_assignment_come_in_its_order():
