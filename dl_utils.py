@@ -44,6 +44,7 @@ from collections import OrderedDict
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -875,14 +876,78 @@ def best_cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def noise_band(table: pd.DataFrame) -> float:
-    """The band of rule 2, from the residuals of a two-way table of cells and seeds."""
+    """The band of rule 2."""
     part = table[table.part == "A"]
-    cells = part.pivot(index=["setting", *CELL], columns="seed", values="val_accuracy")
-    means = cells.mean(axis=1)
-    cells = cells[means >= means.groupby("setting").transform("max") - 0.01]
-    rest = cells.sub(cells.mean(axis=1), axis=0) - cells.mean() + cells.mean().mean()
-    freedom = (len(cells) - 1) * (cells.shape[1] - 1)
-    return 2 * math.sqrt(2 / cells.shape[1] * float((rest**2).to_numpy().sum()) / freedom)
+    cells = part.pivot(index="seed", columns=["setting", *CELL], values="val_accuracy")
+    best = cells.mean().groupby("setting").transform("max")
+    cells = cells.loc[:, cells.mean() >= best - 0.01]
+    return 2 * math.sqrt(2 / len(cells)) * _spread(cells)[0]
+
+
+# ----------------------------------------------------------------------------- statistics
+
+# One rule for all measures: runs are paired by seed, and what setting and seed leave open (the
+# residuals of a two-way table) gives one standard deviation, pooled over all settings.
+TECHNIQUES = ("dropout", "weight_decay", "batch_norm")
+
+
+def _spread(table: pd.DataFrame) -> tuple[float, int]:
+    """Standard deviation of the residuals, and their degrees of freedom; rows are seeds."""
+    rest = table.sub(table.mean(axis=1), axis=0) - table.mean() + table.mean().mean()
+    freedom = (len(table) - 1) * (table.shape[1] - 1)
+    return math.sqrt(float((rest**2).to_numpy().sum()) / freedom), freedom
+
+
+def least_difference(results: pd.DataFrame, measure: str = "test_accuracy") -> float:
+    """Settings whose means differ by more do differ: Tukey's, 95 % for all pairs together.
+    results: as collect gives them. Needs two seeds or more of two settings or more."""
+    from scipy.stats import studentized_range  # slow to import
+
+    table = results.pivot(index="seed", columns="setting", values=measure)
+    spread, freedom = _spread(table)
+    return studentized_range.ppf(0.95, table.shape[1], freedom) * spread / math.sqrt(len(table))
+
+
+def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFrame:
+    """What techniques do in the factorial of eight settings, named by SETTINGS: columns effect
+    and half, the half width of its own 95 % interval (Student's t).
+
+    Rows: each technique, the mean over the settings with it minus those without; each pair, how
+    much more one brings where the other is on; the sum of the gains of single techniques, and
+    the gain of all three. Raises KeyError where results lack one of the eight.
+    """
+    from scipy.stats import t
+
+    table = results.pivot(index="seed", columns="setting", values=measure)
+    on = pd.DataFrame({s.name: [bool(getattr(s, key)) for key in TECHNIQUES]
+                       for s in SETTINGS.values()}, TECHNIQUES).T  # fmt: skip
+    on = on[~on.duplicated()]
+    sign, count = 2.0 * on - 1, on.sum(axis=1)
+    weights = {key: sign[key] / 4 for key in TECHNIQUES}
+    weights |= {pair: sign[pair[0]] * sign[pair[1]] / 2 for pair in combinations(TECHNIQUES, 2)}
+    weights["sum of single gains"] = (count == 1) - 3.0 * (count == 0)
+    weights["gain of all three"] = (count == 3) - 1.0 * (count == 0)
+    spread, freedom = _spread(table[on.index])
+    scale = t.ppf(0.975, freedom) * spread / math.sqrt(len(table))
+    rows = {key: ((table[on.index].mean() * w).sum(), scale * math.sqrt((w**2).sum()))
+            for key, w in weights.items()}  # fmt: skip
+    rows = {" and ".join(key) if isinstance(key, tuple) else key: row for key, row in rows.items()}
+    return pd.DataFrame(rows, ["effect", "half"]).T
+
+
+def equal_fit(history: pd.DataFrame) -> tuple[float, pd.Series]:
+    """Test accuracy where all runs fit the train split equally well: the highest whole percent
+    of train accuracy that every run reaches, and by setting and seed the test accuracy where a
+    run first crosses it, on the line between two epochs. history: as collect gives it."""
+    wide = history.pivot(index=["setting", "seed", "epoch"], columns="split", values="accuracy")
+    runs = wide.groupby(["setting", "seed"])
+    level, found = math.floor(100 * runs.train.max().min()) / 100, {}
+    for key, run in runs:
+        after = int((run.train >= level).to_numpy().argmax())
+        now, before = run.iloc[after], run.iloc[max(after - 1, 0)]
+        share = (level - before.train) / (now.train - before.train) if after else 1.0
+        found[key] = before.test + share * (now.test - before.test)
+    return level, pd.Series(found).rename_axis(["setting", "seed"])
 
 
 # --------------------------------------------------------------------- report and theory
