@@ -1136,7 +1136,6 @@ BLOCK_ORDERS = ("before_pooling", "after_pooling", "after_activation")
 ACCURACIES = {"train_accuracy": "train", "val_accuracy": "val", "test_accuracy": "test"}
 # Told apart by colour-blind readers (Okabe and Ito 2008).
 PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00")
-COLORS = dict(zip(SETTINGS, itertools.cycle(PALETTE)))
 # Of lines that are not settings: scheme "muted" of P. Tol, and markers to tell them in grey.
 MUTED = "#332288 #CC6677 #999933 #44AA99 #882255 #88CCEE #117733 #DDCC77"
 OTHER_STYLES = tuple(zip(MUTED.split(), "os^Dv*PX"))
@@ -1183,11 +1182,24 @@ def _with_spread(mean: float, spread: float, form: str = ".2f") -> str:
     return mean + ("" if math.isnan(spread) else f" ± {spread:{form.lstrip('+')}}")
 
 
+def _labels(table: pd.DataFrame) -> dict[str, str]:
+    """Names and labels of the settings in a table, those of SETTINGS first."""
+    labels = dict(zip(table.setting, table.get("label", table.setting)))
+    own = {name: setting.label for name, setting in SETTINGS.items() if name in labels}
+    return own | {name: label for name, label in labels.items() if name not in own}
+
+
+def _color(name: str, others=()) -> str:
+    """The colour of a setting, the same everywhere; those of one's own come after SETTINGS."""
+    names = [*SETTINGS, *(other for other in others if other not in SETTINGS)]
+    return PALETTE[names.index(name) % len(PALETTE)]
+
+
 def _runs_by_setting(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each setting, by seed, with the gap between train and test added."""
     results = results.assign(gap=results.train_accuracy - results.test_accuracy)
     runs = {name: rows.set_index("seed") for name, rows in results.groupby("setting")}
-    return {name: runs[name] for name in SETTINGS if name in runs}
+    return {name: runs[name] for name in _labels(results)}
 
 
 def settings_table() -> pd.DataFrame:
@@ -1202,15 +1214,15 @@ def settings_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summary_table(results: pd.DataFrame, seed: int = 0, names=tuple(SETTINGS)) -> pd.DataFrame:
-    """The final train and test accuracy of one seed of each setting in names, in percent.
-    Raises ValueError where one of them has runs, but not of that seed."""
+def summary_table(results: pd.DataFrame, seed: int = 0, names=None) -> pd.DataFrame:
+    """The final train and test accuracy of one seed of each setting, or those in names, in
+    percent. Raises ValueError where one of them has runs, but not of that seed."""
     rows = []
     for name, runs in _runs_by_setting(results).items():
-        if name in names:
+        if names is None or name in names:
             if seed not in runs.index:
                 raise ValueError(f"{name} has no run of seed {seed}")
-            row = {"setting": SETTINGS[name].label, "train %": percent(runs.train_accuracy[seed])}
+            row = {"setting": _labels(results)[name], "train %": percent(runs.train_accuracy[seed])}
             rows.append(row | {"test %": percent(runs.test_accuracy[seed])})
     return pd.DataFrame(rows)
 
@@ -1220,7 +1232,7 @@ def seed_table(results: pd.DataFrame) -> pd.DataFrame:
     and test in points, the kept epoch."""
     rows = []
     for name, runs in _runs_by_setting(results).items():
-        row = {"setting": SETTINGS[name].label}
+        row = {"setting": _labels(results)[name]}
         for column, label in MEASURES.items():
             row[label if column == "gap" else f"{label} %"] = _with_spread(
                 100 * runs[column].mean(), 100 * runs[column].std()
@@ -1253,7 +1265,7 @@ def difference_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name in _runs_by_setting(results):
         if name != "baseline":
-            row = {"setting": SETTINGS[name].label}
+            row = {"setting": _labels(results)[name]}
             for column, label in MEASURES.items():
                 mean, half = paired_difference(results, name, column=column)
                 row[label] = _with_spread(100 * mean, 100 * half, "+.2f")
@@ -1358,7 +1370,7 @@ def plot_architecture(model: LeNet5, axes=None):
 
 def _names_in(history: pd.DataFrame, names=None) -> list[str]:
     """The settings to show, by default all there are, checked to be in history."""
-    names = names or [name for name in SETTINGS if name in set(history.setting)]
+    names = names or list(_labels(history))
     missing = {*names} - {*history.setting} | {"train", "val", "test"} - {*history.split}
     if missing:
         raise ValueError(f"the history lacks {', '.join(sorted(missing))}")
@@ -1377,7 +1389,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
     for ax, name in zip(axes, names):
         epochs = history[history.setting == name]
         wide = epochs.pivot(index="epoch", columns=["split", "seed"], values="accuracy")
-        seed, color = epochs.seed.min(), COLORS[name]
+        seed, color = epochs.seed.min(), _color(name, names)
         kept = wide["val"][seed].idxmax()
         for split, style in {"train": "--", "test": "-"}.items():
             runs = 100 * wide[split]
@@ -1385,7 +1397,7 @@ def plot_convergence(history: pd.DataFrame, axes=None, names=None):
             least, greatest = runs.min(axis=1), runs.max(axis=1)
             ax.fill_between(runs.index, least, greatest, color=color, alpha=0.25, lw=0)
             ax.plot(kept, runs[seed][kept], "o", color=color, ms=5)
-        _label(ax, f"{SETTINGS[name].label}: accuracy by epoch", "epoch", "accuracy (%)")
+        _label(ax, f"{_labels(history)[name]}: accuracy by epoch", "epoch", "accuracy (%)")
         ax.tick_params(labelbottom=True, labelleft=True)
         _epoch_ticks(ax, max(epochs.epoch))
         ax.locator_params(axis="y", nbins=5)
@@ -1401,16 +1413,16 @@ def plot_means(history: pd.DataFrame, axes=None):
     """
     figure, axes = _panels(axes, 2, 2, 2.6)
     means = history.groupby(["setting", "split", "epoch"])[["accuracy", "loss"]].mean()
-    for name in _names_in(history):
-        test, style = means.loc[name, "test"], {"color": COLORS[name], "lw": 1.2}
-        axes[0].plot(100 * test.accuracy, label=SETTINGS[name].label, **style)
+    for name in (names := _names_in(history)):
+        test, style = means.loc[name, "test"], {"color": _color(name, names), "lw": 1.2}
+        axes[0].plot(100 * test.accuracy, label=_labels(history)[name], **style)
         axes[1].plot(test.loss, **style)
         axes[1].plot(means.loc[name, "train"].loss, "--", **style)
     late = means.index.get_level_values("epoch") >= max(history.epoch) // 4
     settled = 100 * means[late].accuracy.xs("test", level="split").min()
     axes[0].set_ylim(bottom=math.floor(settled))  # the first epochs would leave it little room
     axes[1].set_ylim(bottom=0)
-    below = {"loc": "outside lower center", "ncols": len(COLORS), "frameon": False}
+    below = {"loc": "outside lower center", "ncols": min(5, len(names)), "frameon": False}
     figure.legend(handles=list(axes[0].lines), fontsize=8, handlelength=1.4, **below)
     for split, style in {"train": "--", "test": "-"}.items():
         axes[1].plot([], [], style, color="gray", label=split)
@@ -1456,7 +1468,7 @@ def _plot_question(ax, runs: pd.DataFrame, x: str, names: list[str]) -> None:
         schedules = runs[(runs[names] == values).all(axis=1)].schedule.nunique()
         words = [*map(_words, names, values), _words("schedule", schedule) * (schedules > 1)]
         label = textwrap.fill(", ".join(filter(None, words)), 20, break_on_hyphens=False)
-        color = COLORS[values[0]] if "setting" in names else color
+        color = _color(values[0]) if "setting" in names else color
         style = "-" if schedule == "one_cycle" else "--"
         look = {"color": color, "marker": marker, "ms": 3, "lw": 1, "ls": style}
         means = 100 * line.groupby(x).val_accuracy.mean()

@@ -1,13 +1,10 @@
 """Tables and figures: the numbers in them are those that went in."""
 
 import math
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from matplotlib.figure import Figure
 
 import dl_utils as dl
@@ -131,26 +128,26 @@ def test_convergence_draws_the_history(history, trained):
     assert figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
 
 
-SIXTH = """
-import pandas as pd, dl_utils as dl
-splits = "train", "val", "test"
-rows = [("sixth", 0, epoch, split, 0.5, 0.8) for epoch in (1, 2) for split in splits]
-columns = ["setting", "seed", "epoch", "split", "loss", "accuracy"]
-history = pd.DataFrame(rows, columns=columns)
-assert dl.plot_convergence(history).axes[0].get_title() == "Sixth: accuracy by epoch"
-assert "Sixth" in list(dl.settings_table().setting)
-assert len(set(dl.COLORS.values())) == len(dl.SETTINGS)
-assert dl.build_parser().parse_args(["train", "sixth"]).settings == ["sixth"]
-"""
-
-
-def test_a_new_setting_is_one_row(tmp_path):
-    source, place = (ROOT / "dl_utils.py").read_text(encoding="utf-8"), '        Setting("dropout"'
-    row = '        Setting("sixth", "Sixth", dropout=0.3),\n'
-    (tmp_path / "dl_utils.py").write_text(source.replace(place, row + place, 1), encoding="utf-8")
-    command = [sys.executable, "-c", SIXTH]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_settings_of_ones_own_and_a_ninth_row_appear_in_every_table_and_figure(
+    history, results, trained, monkeypatch
+):
+    own = history[history.setting == "baseline"].assign(setting="strong", label="Dropout 0.5")
+    rows = results[results.setting == "baseline"].assign(setting="strong", label="Dropout 0.5")
+    for inside in (False, True):
+        if inside:
+            monkeypatch.setitem(dl.SETTINGS, "strong", dl.Setting("strong", "Dropout 0.5"))
+        all_runs, all_results = pd.concat([history, own]), pd.concat([results, rows])
+        figure = dl.plot_convergence(all_runs)
+        assert figure.axes[5].get_title() == "Dropout 0.5: accuracy by epoch"
+        lines = dl.plot_means(all_runs).axes[0].lines
+        assert len({line.get_color() for line in lines}) == 6
+        for table in (dl.summary_table, dl.seed_table, dl.difference_table):
+            assert "Dropout 0.5" in list(table(all_results).setting)
+        assert list(dl.plot_convergence(own).axes[0].lines[0].get_ydata())
+    for number in range(9):
+        monkeypatch.setitem(dl.SETTINGS, f"s{number}", dl.Setting(f"s{number}", f"S {number}"))
+    more = [own.assign(setting=f"s{number}") for number in range(9)]
+    assert len(dl.plot_convergence(pd.concat([history, *more])).axes) == 14
 
 
 def test_architecture_is_drawn_from_the_shapes():
