@@ -203,17 +203,18 @@ class LeNet5(nn.Module):
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
         norm1d = nn.BatchNorm1d if batch_norm else nn.Identity
 
-        def block(number, norm, **pooling):
-            layers = [*pooling.items(), ("act", act())]
+        def block(number, norm, pooled=False):
+            layers = [("pool", pool(2))] if pooled else []
+            layers += [("act", act())]
             end = len(layers) if norm_place == "after_activation" else 0
             layers.insert(end, ("norm", norm))
             return {f"{name}{number}": layer for name, layer in layers}
 
         layers = {
             "conv1": nn.Conv2d(1, 6, kernel_size=5, padding=2),  # 6 x 28 x 28
-            **block(1, norm2d(6), pool=pool(2)),  # 6 x 14 x 14
+            **block(1, norm2d(6), pooled=True),  # 6 x 14 x 14
             "conv2": nn.Conv2d(6, 16, kernel_size=5),  # 16 x 10 x 10
-            **block(2, norm2d(16), pool=pool(2)),  # 16 x 5 x 5
+            **block(2, norm2d(16), pooled=True),  # 16 x 5 x 5
             "flatten": nn.Flatten(),  # 400
             "fc3": nn.Linear(400, 120),
             **block(3, norm1d(120)),
@@ -276,7 +277,7 @@ def evaluate(model: nn.Module, split: Split) -> Metrics:
 class Checkpoint:
     """A trained model, in evaluation mode, with everything that explains it: the history of its
     epochs (columns epoch, split, loss, accuracy), the Metrics of the model for each split, the
-    processor time of the run. Of a bare state dict these three are empty."""
+    processor time of the run, where it was made. Of a bare state dict these four are empty."""
 
     model: LeNet5
     setting: Setting
@@ -284,6 +285,7 @@ class Checkpoint:
     history: pd.DataFrame
     metrics: dict[str, Metrics]
     seconds: float
+    versions: dict[str, str]
 
 
 def make_optimizer(model: nn.Module, setting: Setting, config: TrainConfig):
@@ -337,7 +339,9 @@ def train(
         steps = config.epochs * math.ceil(len(splits["train"].labels) / config.batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warmup_cosine(i / steps))
         order = torch.Generator().manual_seed(3 * config.seed + 1)
-        torch.manual_seed(3 * config.seed + 2)  # of dropout
+        # Of dropout; torch.manual_seed would seed a GPU as well.
+        generator = torch.random.default_generator if device.type == "cpu" else torch
+        generator.manual_seed(3 * config.seed + 2)
         for epoch in range(1, config.epochs + 1):
             batches = minibatches(splits["train"], config.batch_size, order)
             if not math.isfinite(train_epoch(model, batches, optimizer, schedule)):
@@ -351,7 +355,9 @@ def train(
                 progress()
         seconds = round(time.process_time() - start, 1)
     history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
-    return Checkpoint(model.eval(), setting, config, history, metrics, seconds)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "cpu": torch.backends.cpu.get_cpu_capability(), "device": str(device)}  # fmt: skip
+    return Checkpoint(model.eval(), setting, config, history, metrics, seconds, versions)
 
 
 _TRAINING = threading.Lock()  # the generator and the number of threads belong to the process
@@ -407,7 +413,6 @@ def read_data_files(root=None) -> list[Tensor]:
     folders = [root / "FashionMNIST" / "raw", root / "raw", root]
     folder = next((f for f in folders if any(f.glob("*-idx?-ubyte*"))), folders[0])
     found = {name: [*folder.glob(name), *folder.glob(f"{name}.gz")] for name in DATA_FILES}
-    missing = [f"{name}.gz" for name, paths in found.items() if not paths]
     for name, paths in found.items():
         contents = (_unpack(path.read_bytes(), name) for path in paths)
         content = next(filter(None, contents), None)
@@ -416,7 +421,7 @@ def read_data_files(root=None) -> list[Tensor]:
                 f"{paths[-1]} does not hold what Fashion-MNIST holds (damaged, or of another data "
                 "set); put the original in its place, or move it away, and it is downloaded"
             )
-        content = content or _download(folder, name, missing)
+        content = content or _download(folder, name)
         header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
         data = torch.frombuffer(content, dtype=torch.uint8, offset=header)
         tensors.append(data.view(-1, *shape))
@@ -432,7 +437,7 @@ def _unpack(content: bytes, name: str) -> bytearray | None:
     return bytearray(content) if right else None
 
 
-def _download(folder: Path, name: str, missing: list[str]) -> bytearray:
+def _download(folder: Path, name: str) -> bytearray:
     """A data file from a server that torchvision knows, verified, kept packed in folder."""
     try:
         from torchvision.datasets import FashionMNIST  # slow to import, and seldom needed
@@ -449,6 +454,7 @@ def _download(folder: Path, name: str, missing: list[str]) -> bytearray:
             write_file(folder / f"{name}.gz", packed)
             return content
         reason = "the server sent something else"
+    missing = [f"{name}.gz" for name in DATA_FILES if not any(folder.glob(f"{name}*"))]
     raise OSError(f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
                   f"put {', '.join(missing)} there")  # fmt: skip
 
@@ -534,7 +540,6 @@ def _network(setting: Setting, config: TrainConfig) -> LeNet5:
 
 
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     payload = {
         "format": FORMAT,
         "version": VERSION,
@@ -543,7 +548,7 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "history": checkpoint.history.to_dict("list"),
         "metrics": {name: list(metrics) for name, metrics in checkpoint.metrics.items()},
         "seconds": checkpoint.seconds,
-        "versions": {**versions, "cpu": torch.backends.cpu.get_cpu_capability()},
+        "versions": checkpoint.versions,
         "state_dict": {key: value.cpu() for key, value in checkpoint.model.state_dict().items()},
     }
     buffer = io.BytesIO()
@@ -555,14 +560,17 @@ def _from_bytes(content: bytes) -> Checkpoint:
     try:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load does not look
     except Exception as error:  # a damaged archive fails in any of a dozen ways
-        raise ValueError("it is damaged, or was not written by torch.save") from error
+        raise ValueError("it is damaged, or no zip file as torch.save writes") from error
     if damaged:
         raise ValueError(f"it is damaged: the checksum of its part {damaged} is wrong")
     try:
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        sentence = "it holds Python objects, whose code is not run; save a state_dict() instead"
-        raise ValueError(sentence) from error
+        code = isinstance(error, pickle.UnpicklingError)
+        raise ValueError(
+            "it holds Python objects, whose code is not run; save a state_dict() instead"
+            if code else "it was not written by torch.save"
+        ) from error  # fmt: skip
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         payload = _wrap_state_dict(payload)
     if payload["version"] != VERSION:
@@ -577,8 +585,8 @@ def _from_bytes(content: bytes) -> Checkpoint:
         raise ValueError(f"its tensors are not those of this LeNet-5 ({reason})") from error
     model = model.to(memory_format=torch.channels_last).eval()
     metrics = {name: Metrics(*pair) for name, pair in payload["metrics"].items()}
-    history = pd.DataFrame(payload["history"])
-    return Checkpoint(model, setting, config, history, metrics, payload["seconds"])
+    rest = metrics, payload["seconds"], payload["versions"]
+    return Checkpoint(model, setting, config, pd.DataFrame(payload["history"]), *rest)
 
 
 def _wrap_state_dict(state) -> dict:
@@ -591,8 +599,9 @@ def _wrap_state_dict(state) -> dict:
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): state[key] for key in state}
     norm = "layers.norm1.weight" in state
     setting = {"name": "state_dict", "label": "Weights", "batch_norm": norm}
-    empty = {"version": VERSION, "config": {}, "history": {}, "metrics": {}, "seconds": math.nan}
-    return {**empty, "setting": setting, "state_dict": state}
+    empty = {key: {} for key in ("config", "history", "metrics", "versions")}
+    rest = {"version": VERSION, "setting": setting, "state_dict": state, "seconds": math.nan}
+    return {**empty, **rest}
 
 
 # ------------------------------------------------------------------------------ many runs
@@ -612,6 +621,7 @@ def usable_workers(root="/") -> int:
 
     affinity = getattr(os, "sched_getaffinity", None)
     limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
+    limits += [61] if os.name == "nt" else []  # more than concurrent.futures starts there
     limits += [1024 * int(n) / RUN_MEMORY for n in find("proc/meminfo", r"MemAvailable:\s*(\d+)")]
     group = Path("sys/fs/cgroup", *find("proc/self/cgroup", r"(?m)^0::/(.+)$"))
     for folder in (group, *group.parents):
@@ -624,10 +634,11 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
                on_finish=None, **options) -> list[Checkpoint | Exception]:  # fmt: skip
     """Train independent jobs, (setting, config), in parallel, each on the data of its seed.
 
-    executor: any concurrent.futures.Executor; by default processes of this machine, as many as
-    workers or, without it, usable_workers. on_finish: called in this process with the index of
-    a job and its checkpoint, as soon as it is there. options: root of the data, names of the
-    splits that training gets, and every_epoch and device as in train.
+    executor: any concurrent.futures.Executor (of processes, with the context "spawn"); by default
+    processes of this machine, as many as workers or, without it, usable_workers, on a GPU one.
+    on_finish: called in this process with the index of
+    a job and its checkpoint, as soon as it is there. options: root of the data, split_names of
+    what training gets, and every_epoch and device as in train.
 
     Returns the checkpoints in the order of jobs. A job that fails (or whose on_finish does) is
     reported at once, the others go on, and its place holds the exception. An interrupt ends
@@ -641,11 +652,13 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
         bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
         if local := executor is None and bool(jobs):
             read_data_files(options.get("root"))  # one download or error, not one in each worker
-            count = min(len(jobs), workers or usable_workers())
+            cpu = find_device(options.get("device")).type == "cpu"
+            count = min(len(jobs), workers or (usable_workers() if cpu else 1))
             executor = stack.enter_context(_processes(count, bar))
-        with _deaf_to_interrupts():
+        with _ignore_sigint() if local else contextlib.nullcontext():
             futures = {executor.submit(_run_job, job, **options): i for i, job in enumerate(jobs)}
-        stack.callback(lambda: [future.cancel() for future in futures])  # after an exception
+        if not local:  # after an exception
+            stack.callback(lambda: [future.cancel() for future in futures])
         for future in as_completed(futures):
             index = futures[future]
             try:
@@ -659,7 +672,8 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
             bar.update(0 if local else jobs[index][1].epochs)
     if killed := sum(isinstance(result, BrokenProcessPool) for result in results):
         print(f"{killed} runs are not finished, as a worker was killed (short of memory? try fewer "
-              "workers); the same command goes on with them", file=sys.stderr)  # fmt: skip
+              "workers) or could not start (a script needs if __name__ == '__main__')",
+              file=sys.stderr)  # fmt: skip
     return results
 
 
@@ -669,23 +683,24 @@ def _print_result(setting: Setting, config: TrainConfig, result: Checkpoint | Ex
         values = [f"{name} {metrics.accuracy:.2%}" for name, metrics in result.metrics.items()]
         print(f"{run}: {', '.join(values)}, {result.seconds:.0f} s", flush=True)
     elif not isinstance(result, BrokenProcessPool):
-        print(f"{run}, failed: {result}", file=sys.stderr, flush=True)
+        reason = str(result) or type(result).__name__
+        print(f"{run}, failed: {reason}", file=sys.stderr, flush=True)
 
 
 _load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
 _count_epoch = None  # in a worker of _processes: tells its parent that an epoch is over
 
 
-def _run_job(job, root=None, names=("train", "val", "test"), **options) -> bytes:
+def _run_job(job, root=None, split_names=("train", "val", "test"), **options) -> bytes:
     setting, config = job  # bytes come back from any process or machine as they went
     data = _load_once(root, config.seed)
-    splits = {name: data[name] for name in names}
+    splits = {name: data[name] for name in split_names}
     return _to_bytes(train(setting, splits, config, progress=_count_epoch, **options))
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts():
-    """Ctrl-C has no effect meanwhile, nor later on processes that start meanwhile."""
+def _ignore_sigint():
+    """Ctrl-C has no effect meanwhile, nor (but for Windows) on processes that start meanwhile."""
     main = threading.current_thread() is threading.main_thread()  # others cannot change this
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
@@ -709,7 +724,7 @@ def _processes(count: int, bar: tqdm):
                 bar.update()
 
     pool = ProcessPoolExecutor(count, spawn, _start_worker, (lifeline, epochs))
-    counter = threading.Thread(target=count_epochs)
+    counter = threading.Thread(target=count_epochs, daemon=True)
     counter.start()
     try:
         yield pool
@@ -745,7 +760,7 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
     """
     folder, jobs, results = Path(folder), list(jobs), {}
     paths = {job: checkpoint_path(folder, *job) for job in jobs}
-    if len(set(paths.values())) < len(paths):
+    if len({str(path).lower() for path in paths.values()}) < len(paths):
         raise ValueError("two different jobs have the same name and seed, and so the same file")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -794,7 +809,7 @@ def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
         measured = {f"{split}_{measure}": value for split, metrics in run.metrics.items()
                     for measure, value in metrics._asdict().items()}  # fmt: skip
         rows.append({**key, **measured, "seconds": run.seconds})
-        histories.append(pd.DataFrame({**key, **run.history}))
+        histories.append(pd.DataFrame({**key, **run.history}, run.history.index))
     return pd.DataFrame(rows), pd.concat(histories, ignore_index=True)
 
 
@@ -826,43 +841,50 @@ def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
 # 3. Length is not tuned; C shows what others would do.
 
 STUDY = HERE / "weights" / "study.csv"
-FIELDS = [entry.name for entry in (*fields(Setting)[2:], *fields(TrainConfig))]
+STRENGTHS = [entry.name for entry in fields(Setting)[2:]]
+SHARED = [entry.name for entry in fields(TrainConfig)]
+FIELDS = [*STRENGTHS, *SHARED]
 CELL = [name for name in FIELDS if name != "seed"]  # what the seeds of a configuration share
 OUTCOME = ["val_accuracy", "train_accuracy", "seconds"]  # of the last epoch; of the processor
 
 
 def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFrame:
-    """Run the rows of a study that lack an accuracy. Each finished run is written at once.
+    """Run the rows of a study that lack an accuracy. Each finished run is written at once, one
+    that diverged at the end.
 
     A row: part, setting (a name), FIELDS, OUTCOME. Training gets the splits train and val alone.
     options go to train_many. Returns the table, where a run that failed lacks its accuracy.
-    Raises OSError where the table cannot be read or another search is running on it, and, before
-    any run, ValueError where it is no such table.
+    Raises OSError where the table cannot be read or written or another search is running on it,
+    and, before any run, ValueError where it is no such table.
     """
+    path = Path(path)
+    if not path.exists():  # the lock would make its folder
+        raise FileNotFoundError(f"{path} does not exist")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(FileLock(Path(path).with_suffix(".lock"), timeout=0))
+            stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=0))
             table = pd.read_csv(path)
             todo = table.index[table.val_accuracy.isna()]
-            rows = table.loc[todo].assign(**dict.fromkeys(("name", "label"), lambda t: t.setting))
-            jobs = [(Setting(**row[["name", "label", *FIELDS[:4]]]), TrainConfig(**row[FIELDS[4:]]))
-                    for _, row in rows.iterrows()]  # fmt: skip
+            jobs = [(Setting(row.setting, row.setting, *row[STRENGTHS]), TrainConfig(*row[SHARED]))
+                    for _, row in table.loc[todo].iterrows()]  # fmt: skip
         except Timeout as error:
             raise OSError(f"another search is running on {path}") from error
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not the table of a study: {error}") from error
 
-        def record(index: int, run: Checkpoint | None) -> None:
+        def record(index: int, run: Checkpoint | None = None) -> None:
             outcome = [0.1, 0.1, 0.0]  # of a run that diverged
             if run:
                 outcome = [run.metrics["val"].accuracy, run.metrics["train"].accuracy, run.seconds]
             table.loc[todo[index], OUTCOME] = outcome
-            write_file(path, table.to_csv(index=False).encode())
+            write_file(path, table.to_csv(index=False, lineterminator="\n").encode())
 
-        options |= {"names": ("train", "val"), "every_epoch": False, "on_finish": record}
-        for index, result in enumerate(train_many(jobs, executor, **options)):
+        given = {"split_names": ("train", "val"), "every_epoch": False, "on_finish": record}
+        for index, result in enumerate(train_many(jobs, executor, **given, **options)):
             if isinstance(result, DivergedError):
-                record(index, None)
+                record(index)
+            elif isinstance(result, Exception):
+                table.loc[todo[index], OUTCOME] = math.nan  # it may have failed in being written
     return table
 
 
@@ -914,25 +936,26 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
 
     Rows: each technique, the mean over the settings with it minus those without; each pair, how
     much more one brings where the other is on; the sum of the gains of single techniques, and
-    the gain of all three. Raises KeyError where results lack one of the eight.
+    the gain of all three. Raises KeyError where results lack one of the eight, ValueError where
+    SETTINGS do.
     """
     from scipy.stats import t
 
     table = results.pivot(index="seed", columns="setting", values=measure)
-    on = pd.DataFrame({s.name: [bool(getattr(s, key)) for key in TECHNIQUES]
-                       for s in SETTINGS.values()}, TECHNIQUES).T  # fmt: skip
-    on = on[~on.duplicated()]
-    sign, count = 2.0 * on - 1, on.sum(axis=1)
-    weights = {key: sign[key] / 4 for key in TECHNIQUES}
-    weights |= {pair: sign[pair[0]] * sign[pair[1]] / 2 for pair in combinations(TECHNIQUES, 2)}
+    on = pd.DataFrame([*SETTINGS.values()]).set_index("name")[[*TECHNIQUES]].astype(bool)
+    on = on.drop_duplicates()
+    if len(on) < 8:
+        raise ValueError(f"SETTINGS have {len(on)} combinations of the techniques; expected all 8")
+    table, sign, count = table[on.index], 2.0 * on - 1, on.sum(axis=1)
+    weights = sign / 4
+    for one, other in combinations(TECHNIQUES, 2):
+        weights[f"{one} and {other}"] = sign[one] * sign[other] / 2
     weights["sum of single gains"] = (count == 1) - 3.0 * (count == 0)
     weights["gain of all three"] = (count == 3) - 1.0 * (count == 0)
-    spread, freedom = _spread(table[on.index])
+    spread, freedom = _spread(table)
     scale = t.ppf(0.975, freedom) * spread / math.sqrt(len(table))
-    rows = {key: ((table[on.index].mean() * w).sum(), scale * math.sqrt((w**2).sum()))
-            for key, w in weights.items()}  # fmt: skip
-    rows = {" and ".join(key) if isinstance(key, tuple) else key: row for key, row in rows.items()}
-    return pd.DataFrame(rows, ["effect", "half"]).T
+    half = scale * (weights**2).sum() ** 0.5
+    return pd.DataFrame({"effect": table.mean() @ weights, "half": half})
 
 
 def equal_fit(history: pd.DataFrame) -> tuple[float, pd.Series]:
@@ -968,7 +991,8 @@ def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
     with torch.inference_mode():
         for name, layer in getattr(model, "layers", model).named_children():
             values = layer(values)
-            if not isinstance(layer, nn.Identity) and getattr(layer, "p", None) != 0:
+            off = isinstance(layer, nn.Dropout) and layer.p == 0
+            if not off and not isinstance(layer, nn.Identity):
                 count = sum(parameter.numel() for parameter in layer.parameters())
                 rows.append((name, tuple(values.shape), count))
     return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
@@ -1059,24 +1083,25 @@ def _test_command(args) -> int:
         for run in lowest.values():
             file = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
             files[file] = run
-    device, load = find_device(args.device), functools.cache(load_fashion_mnist)
-    rows, differing = [], []
+    device, rows, differing = find_device(args.device or "cpu"), [], []
     for path, run in files.items():
         seed = f", seed {run.config.seed}" if run.config.seed else ""
         row = {"setting": f"{run.setting.label}{seed}"}
-        for name, split in load(args.data, run.config.seed).items():
+        for name, split in _load_once(args.data, run.config.seed).items():
             accuracy, count = evaluate(run.model.to(device), split).accuracy, len(split.labels)
             row[f"{name} %"] = f"{100 * accuracy:.2f}"
-            images = round(count * (accuracy - run.metrics.get(name, (0, accuracy))[1]))
+            recorded = run.metrics.get(name)
+            images = round(count * (accuracy - recorded.accuracy)) if recorded else 0
             if abs(images) > 1:  # rounding on another processor may change one
                 differing.append(f"{path}, {name}: {images:+} of {count} images right")
         rows.append(row)
-    print(pd.DataFrame(rows).to_string(index=False))
-    for path in (path for path, run in files.items() if not run.metrics):
-        print(f"{path} is weights alone, which record nothing to compare with; they are taken "
-              "for ReLU, maximum pooling and norm after the activation.")  # fmt: skip
-    verdict = "DIFFER from" if differing else "equal"
-    print(*differing, f"The measured accuracies {verdict} what the files recorded.", sep="\n")
+    print(pd.DataFrame(rows).to_string(index=False), *differing, sep="\n")
+    if bare := [str(path) for path, run in files.items() if not run.metrics]:
+        print(f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken for "
+              "a network with ReLU, maximum pooling and norm after the activation.")  # fmt: skip
+    if len(bare) < len(files):
+        verdict = "DIFFER from" if differing else "equal, to within one image,"
+        print(f"The measured accuracies {verdict} what the files recorded.")
     return 1 if differing else 0
 
 
@@ -1090,7 +1115,8 @@ def _search_command(args) -> int:
 
 def _collect_command(args) -> int:
     results, _ = collect(args.folder)
-    write_file(Path(args.folder) / "results.csv", results.to_csv(index=False).encode())
+    content = results.to_csv(index=False, lineterminator="\n").encode()
+    write_file(Path(args.folder) / "results.csv", content)
     print(f"{args.folder}/results.csv: {len(results)} runs")
     return 0
 
@@ -1109,7 +1135,8 @@ def main(argv: list[str] | None = None) -> int:
         print("dl_utils.py: interrupted; finished runs are kept", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, MemoryError) or "alloc" in str(error):
+        full = isinstance(error, RuntimeError) and "alloc" in str(error)  # torch's words for it
+        if isinstance(error, MemoryError) or full:
             error = OSError("out of memory; close other programs, or use fewer --workers")
         if isinstance(error, (ValueError, OSError)):
             print(f"dl_utils.py: {error}", file=sys.stderr)

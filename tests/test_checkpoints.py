@@ -36,7 +36,7 @@ def test_what_is_saved_comes_back(trained, splits, tmp_path, name):
     dl.save_checkpoint(path, run)
     assert [p.name for p in path.parent.iterdir()] == ["run.pt"]
     again = dl.load_checkpoint(path)
-    for key in ("setting", "config", "metrics", "seconds"):
+    for key in ("setting", "config", "metrics", "seconds", "versions"):
         assert getattr(again, key) == getattr(run, key)
     assert again.history.equals(run.history) and not again.model.training
     assert dl.evaluate(again.model, splits["test"]) == run.metrics["test"]
@@ -65,11 +65,11 @@ class Bomb:
 
 
 CASES = {
-    "empty": (lambda good: b"", "is damaged, or was not written by torch.save"),
-    "truncated": (lambda good: good[: len(good) // 2], "is damaged, or was not written by"),
-    "text": (lambda good: b"accuracy: 99 %\n" * 50, "is damaged, or was not written by"),
+    "empty": (lambda good: b"", "is damaged, or no zip file as torch.save writes"),
+    "truncated": (lambda good: good[: len(good) // 2], "is damaged, or no zip file"),
+    "text": (lambda good: b"accuracy: 99 %\n" * 50, "is damaged, or no zip file"),
     "code": (lambda good: saved(Bomb()), "holds Python objects, whose code is not run"),
-    "pickle": (lambda good: pickle.dumps(Bomb()), "is damaged, or was not written by torch.save"),
+    "pickle": (lambda good: pickle.dumps(Bomb()), "is damaged, or no zip file"),
     "whole model": (lambda good: saved(nn.Linear(2, 2)), "holds Python objects, .*state_dict"),
     "tensor": (lambda good: saved(torch.zeros(3)), "neither a checkpoint .* nor a state dict"),
     "results": (lambda good: saved({"epoch": 3}), "neither a checkpoint .* nor a state dict"),

@@ -124,3 +124,9 @@ def test_equal_fit_is_read_off_where_train_accuracy_first_crosses_the_level():
     assert level == 0.95
     assert found["a", 0] == pytest.approx(0.85)  # half way from 0.84 to 0.86
     assert found["b", 0] == 0.70  # its first epoch is there already
+
+
+def test_effects_of_an_incomplete_factorial_are_refused(eight, monkeypatch):
+    monkeypatch.delitem(dl.SETTINGS, "dropout_batch_norm")
+    with pytest.raises(ValueError, match="SETTINGS have 7 combinations of the techniques"):
+        dl.effects(table_of(random_results()))
