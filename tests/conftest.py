@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tiny import sums
 import dl_utils as dl
 
 ROOT = Path(__file__).parent.parent
+SETTINGS = {name: replace(row, lr=0.08) for name, row in dl.SETTINGS.items()}  # for small data
 RAW = ROOT / "data/FashionMNIST/raw"
 
 
@@ -76,7 +78,7 @@ def config():
 @pytest.fixture(scope="session")
 def trained(splits, config):
     """A short run of every setting on the small data."""
-    return {name: dl.train(row, splits, config) for name, row in dl.SETTINGS.items()}
+    return {name: dl.train(row, splits, config) for name, row in SETTINGS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +86,15 @@ def real_splits():
     if not (RAW / "train-images-idx3-ubyte.gz").exists():
         pytest.skip("Fashion-MNIST is not in data/FashionMNIST/raw")
     return dl.load_fashion_mnist()
+
+
+def study_rows(part, accuracies, **values):
+    """Rows of a study that are done: a configuration with one seed for each accuracy."""
+    settings, shared = dl.Setting("baseline", "-"), dl.TrainConfig()
+    row = {"part": part, "setting": "baseline", **vars(settings), **vars(shared)} | values
+    row = {key: row[key] for key in ("part", "setting", *dl.FIELDS)}
+    return [{**row, "seed": 101 + i, "val_accuracy": a, "train_accuracy": a + 0.05, "seconds": 1.0}
+            for i, a in enumerate(accuracies)]  # fmt: skip
 
 
 def start(root, *arguments, script="tiny.py", **options):

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, weights_equal
+from conftest import ROOT, SETTINGS, weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -47,7 +47,7 @@ def test_a_file_holds_plain_types_and_says_where_it_was_made(good):
     payload = torch.load(io.BytesIO(good), weights_only=True)
     assert payload["versions"]["torch"] == str(torch.__version__)
     assert payload["versions"]["cpu"] == torch.backends.cpu.get_cpu_capability()
-    assert payload["setting"] == asdict(dl.SETTINGS["combined"])
+    assert payload["setting"] == asdict(SETTINGS["combined"])
 
 
 def saved(thing):

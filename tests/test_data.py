@@ -140,10 +140,7 @@ def test_what_is_missing_is_downloaded_without_a_word(raw, tmp_path, monkeypatch
 
 def test_a_server_that_sends_something_else_leaves_nothing(raw, tmp_path, monkeypatch):
     (raw / f"{LABELS}.gz").write_bytes(b"<html>please log in</html>")
-    with (
-        server(raw, monkeypatch),
-        pytest.raises(OSError, match="the server sent something else"),
-    ):
+    with server(raw, monkeypatch), pytest.raises(OSError, match="the server sent something else"):
         dl.load_fashion_mnist(tmp_path / "new")
     assert not list(tmp_path.glob("new/**/t10k-labels*"))
 

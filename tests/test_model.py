@@ -178,11 +178,6 @@ def test_numbers_of_numpy_and_pandas_are_numbers():
     assert type(TrainConfig(epochs=np.float64(2.0)).epochs) is int
 
 
-def test_a_setting_prints_in_one_readable_line():
-    assert str(SETTINGS["combined"]).startswith("combined (dropout ")
-    assert "batch norm" not in str(SETTINGS["baseline"])
-
-
 def test_a_picture_of_ones_own_is_classified(splits, trained, tmp_path):
     from PIL import Image
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import run, start, weights_equal
+from conftest import SETTINGS, run, start, weights_equal
 
 import dl_utils as dl
-from dl_utils import SETTINGS, Setting, TrainConfig
+from dl_utils import Setting, TrainConfig
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_a_file_of_another_run_is_refused_and_kept(config, tmp_path, trained):
         (SETTINGS["baseline"], replace(config, epochs=9)),
         (replace(SETTINGS["baseline"], lr=0.5), config),
     ):
-        with pytest.raises(ValueError, match=r"baseline.pt holds another run, baseline \(dropout"):
+        with pytest.raises(
+            ValueError, match=r"baseline.pt holds another run, Setting\(name='baseline'"
+        ):
             dl.train_and_save([job], tmp_path)
     assert (tmp_path / "baseline.pt").read_bytes() == before
     jobs = [(SETTINGS["baseline"], TrainConfig(epochs)) for epochs in (1, 2)]

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import start, weights_equal
+from conftest import SETTINGS, start, weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dl_utils as dl
-from dl_utils import SETTINGS, LeNet5, Setting, Split, TrainConfig, evaluate, train, train_many
+from dl_utils import LeNet5, Setting, Split, TrainConfig, evaluate, train, train_many
 
 
 def test_every_setting_learns(trained):
@@ -220,8 +220,9 @@ def test_real_workers_give_the_bits_of_one_run_after_the_other_and_the_bar_tells
     assert {1, 2, 3} & {*counts}, "nothing was shown before the first run ended"
     for name in ("baseline", "combined"):
         for config in (TrainConfig(8, seed=0), TrainConfig(8, seed=3)):
-            found = dl.load_checkpoint(dl.checkpoint_path(tmp_path, SETTINGS[name], config))
-            alone = train(SETTINGS[name], dl.load_fashion_mnist(tiny, config.seed), config)
+            setting = dl.SETTINGS[name]
+            found = dl.load_checkpoint(dl.checkpoint_path(tmp_path, setting, config))
+            alone = train(setting, dl.load_fashion_mnist(tiny, config.seed), config)
             assert weights_equal(found, alone) and found.history.equals(alone.history)
 
 
@@ -234,7 +235,7 @@ def test_threads_give_the_same_bits_and_a_failed_job_does_not_end_the_others(
     with ThreadPoolExecutor(3) as executor:
         runs = train_many(jobs, executor, root=tiny, on_finish=lambda i, _: finished.append(i))
     assert isinstance(runs[0], dl.DivergedError) and sorted(finished) == [1, 2, 3]
-    assert "bad, seed 0, failed: training diverged in epoch" in capsys.readouterr().err
+    assert "bad, seed 0, failed: diverged in epoch" in capsys.readouterr().err
     for checkpoint, (setting, _) in zip(runs[1:], jobs[1:]):
         assert weights_equal(checkpoint, trained[setting.name])
 
