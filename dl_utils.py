@@ -885,7 +885,7 @@ def alternatives(table: pd.DataFrame) -> pd.DataFrame:
         changed = [words.get(name, "{}").format(value) for name, value in zip(fixed, values)
                    if value != getattr(TrainConfig, name)]  # fmt: skip
         best = rates.loc[rates.mean(axis=1).idxmax()]
-        rows[", ".join(changed).replace("_", " ")] = best - default.loc[setting]
+        rows[", ".join(changed).replace("_", " ").capitalize()] = best - default.loc[setting]
     return pd.DataFrame(rows).T
 
 

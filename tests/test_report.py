@@ -172,9 +172,9 @@ def test_alternatives_are_compared_at_their_best_rate_seed_by_seed(study):
     found = dl.alternatives(study)
     chosen = study[(study.setting == "baseline") & (study.lr == dl.SETTINGS["baseline"].lr)]
     default = chosen[chosen.part == "A"].set_index("seed").val_accuracy
-    assert list(found.index) == ["average pooling"]
+    assert list(found.index) == ["Average pooling"]
     expected = pd.Series([0.899, 0.909, 0.919], default.index) - default
-    assert list(found.loc["average pooling"]) == pytest.approx(list(expected))
+    assert list(found.loc["Average pooling"]) == pytest.approx(list(expected))
     left, right = dl.plot_choices(study).axes
     assert list(left.lines[0].get_xdata()) == pytest.approx(list(100 * expected))
     width = left.patches[0].get_extents().width / left.transData.get_matrix()[0, 0]
