@@ -35,8 +35,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import OrderedDict
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -134,12 +133,9 @@ class Split(NamedTuple):
 
 
 def load_fashion_mnist(root=None, seed: int = 0) -> dict[str, Split]:
-    """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing.
-
-    Returns "train" (55,000 images) and "val" (5,000), which seed draws from the 60,000 training
-    images, and "test" (10,000). root: the folder, by default data/ beside this file.
-    Raises as read_data_files.
-    """
+    """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing: "train" (55,000 images)
+    and "val" (5,000), which seed draws from the 60,000 training images, and "test" (10,000).
+    root: the folder, by default data/ beside this file. Raises as read_data_files."""
     pixels, labels, *test = read_data_files(root)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     val, train = order.tensor_split([len(labels) // 12])
@@ -297,17 +293,14 @@ def train_epoch(model, batches, optimizer, schedule) -> float:
     return loss.item()
 
 
-def train(
-    setting: Setting, splits: dict[str, Split], config: TrainConfig | None = None,
-    *, device=None, every_epoch: bool = True, progress=None,
-) -> Checkpoint:  # fmt: skip
+def train(setting: Setting, splits: dict[str, Split], config: TrainConfig | None = None, *,
+          device=None, every_epoch: bool = True, progress=None) -> Checkpoint:  # fmt: skip
     """Train one setting from scratch on splits["train"]; the last epoch is the model.
 
     All splits given are measured after every epoch or, without every_epoch, after the last.
     device: as in find_device. progress is called after every epoch. On the CPU a run takes one
     thread and gives the same bits every time; calls from several threads wait for each other.
-    Raises DivergedError after the first epoch whose loss is not finite.
-    """
+    Raises DivergedError after the first epoch whose loss is not finite."""
     config, device, rows = config or TrainConfig(), find_device(device), []
     splits = {name: Split(*(part.to(device) for part in split)) for name, split in splits.items()}
     with _alone_on_one_thread(device):
@@ -380,11 +373,9 @@ TIMEOUT = 30  # seconds that a server may stay silent
 
 def read_data_files(root=None) -> list[Tensor]:
     """Images (N, 1, 28, 28) and labels (N,) of the train and of the test files, all uint8.
-
     A file may be packed (.gz) or not, in root/FashionMNIST/raw, where torchvision puts it, in
     root/raw or in root. Only what is there in neither form is downloaded. Raises OSError where
-    that fails, ValueError where a file does not hold what Fashion-MNIST holds.
-    """
+    that fails, ValueError where a file does not hold what Fashion-MNIST holds."""
     root, tensors = Path(root or HERE / "data"), []
     folders = [root / "FashionMNIST" / "raw", root / "raw", root]
     folder = next((f for f in folders if any(f.glob("*-idx?-ubyte*"))), folders[0])
@@ -430,10 +421,8 @@ def _download(folder: Path, name: str) -> bytearray:
 
 def classify(model: nn.Module, picture) -> pd.Series:
     """Probabilities of the classes for one picture, the most probable first.
-
     picture: an image file, or an array (H, W) or (H, W, 3), uint8 or from 0 to 1. It is made what
-    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28.
-    """
+    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28."""
     from PIL import Image, ImageOps  # slow to import
 
     if isinstance(picture, (str, os.PathLike)):
@@ -483,13 +472,9 @@ def save_checkpoint(path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path, device="cpu") -> Checkpoint:
-    """Read a checkpoint to a device, running no code from it.
-
-    A state dict of this network is read as well, plain or as other programs wrap it; then what
-    the file does not say has its default, and metrics is empty.
-    Raises OSError where the file cannot be read, ValueError where it holds no such thing or is
-    damaged, and for a device that this machine cannot use.
-    """
+    """Read a checkpoint to a device, running no code from it. A state dict of this network is read
+    as well, plain or as other programs wrap it, with defaults for what it does not say. Raises
+    OSError where the file cannot be read, ValueError where it holds no such thing or is damaged."""
     device = find_device(device)
     try:
         checkpoint = _from_bytes(Path(path).read_bytes())
@@ -574,8 +559,7 @@ def usable_workers(root="/") -> int:
         return []
 
     affinity = getattr(os, "sched_getaffinity", None)
-    limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
-    limits += [61] if os.name == "nt" else []  # more than concurrent.futures starts there
+    limits = [len(affinity(0)) if affinity else min(os.cpu_count() or 1, 61)]  # Windows' most
     limits += [1024 * int(n) / RUN_MEMORY for n in find("proc/meminfo", r"MemAvailable:\s*(\d+)")]
     group = Path("sys/fs/cgroup", *find("proc/self/cgroup", r"(?m)^0::/(.+)$"))
     for folder in (group, *group.parents):
@@ -587,22 +571,18 @@ def usable_workers(root="/") -> int:
 def train_many(jobs, executor: Executor | None = None, *, workers: int | None = None,
                on_finish=None, **options) -> list[Checkpoint | Exception]:  # fmt: skip
     """Train independent jobs, (setting, config), in parallel, each on the data of its seed.
+    Returns the checkpoints in the order of jobs.
 
     executor: any concurrent.futures.Executor (of processes: with the context "spawn"); by default
-    workers processes of this machine or, without that number, usable_workers, on a GPU one.
-    They are spawned: a script calls this under if __name__ == "__main__".
-    on_finish: called here with the index of a job and its checkpoint as soon as it is there.
-    options: root of the data, split_names of what training gets; every_epoch, device as in train.
-
-    Returns the checkpoints in the order of jobs. A job that fails (or whose on_finish does) is
-    reported at once, the others go on, and its place holds the exception. An interrupt ends
-    what processes of this machine run and what other executors have not begun.
-    """
+    workers processes of this machine (usable_workers, on a GPU one), which are spawned: a script
+    calls this under if __name__ == "__main__". on_finish: called here with the index of a job and
+    its checkpoint as soon as it is there. options: root, split_names; every_epoch, device of train.
+    A job that fails (or whose on_finish does) is reported at once, the others go on, and its place
+    holds the exception. An interrupt ends what runs here and what elsewhere has not begun."""
     jobs = list(jobs)
     results: list = [None] * len(jobs)
     total = sum(config.epochs for _, config in jobs)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
+    with tqdm(total=total, unit="epoch", disable=None) as bar, contextlib.ExitStack() as stack:
         if local := executor is None and bool(jobs):
             read_data_files(options.get("root"))  # one download or error, not one in each worker
             cpu = find_device(options.get("device")).type == "cpu"
@@ -624,11 +604,11 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
             except Exception as error:
                 results[index] = error
                 said, file = f", failed: {str(error) or repr(error)}", sys.stderr
-            if not isinstance(results[index], BrokenProcessPool):
+            if not isinstance(results[index], BrokenExecutor):
                 with tqdm.external_write_mode():
                     print(f"{setting.name}, seed {config.seed}{said}", file=file, flush=True)
             bar.update(0 if local else config.epochs)
-    if killed := sum(isinstance(result, BrokenProcessPool) for result in results):
+    if killed := sum(isinstance(result, BrokenExecutor) for result in results):
         print(f"{killed} runs are not finished, as a worker was killed (short of memory? try fewer "
               "workers) or could not start (a script needs if __name__ == '__main__')",
               file=sys.stderr)  # fmt: skip
@@ -660,8 +640,8 @@ def _ignore_sigint():
 @contextlib.contextmanager
 def _processes(count: int, bar: tqdm):
     """A pool of spawned processes. They hold one end of a pipe and exit when the other end is
-    closed: by this process, after an exception, or by the system, however this process ends.
-    Through a second pipe they send a byte for each epoch (no queue: its lock may die with them)."""
+    closed: by this process, or by the system, however this process ends. Through a second pipe
+    they send a byte for each epoch (no queue: its lock may die with them)."""
     spawn = multiprocessing.get_context("spawn")
     (lifeline, held), (received, epochs) = spawn.Pipe(duplex=False), spawn.Pipe(duplex=False)
 
@@ -697,11 +677,9 @@ def _start_worker(lifeline, epochs) -> None:
 
 def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exception]:
     """train_many, each run saved in folder as soon as it is finished. options go to train_many.
-
     A run whose file is there is not trained again: a second call goes on after an interruption.
     Raises, before any training, OSError where the folder cannot be written to, and ValueError
-    where a file holds another run than the job or two jobs would write one file.
-    """
+    where a file holds another run than the job or two jobs would write one file."""
     folder, jobs, results = Path(folder), list(jobs), {}
     paths = {job: checkpoint_path(folder, *job) for job in jobs}
     if len({str(path).lower() for path in paths.values()}) < len(paths):
@@ -723,10 +701,8 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
 
 def load_runs(folder) -> list[Checkpoint]:
     """All checkpoints of a folder, in the order of SETTINGS, others behind them, and of seeds.
-
-    Raises FileNotFoundError where there is none, and ValueError where one is not usable or does
-    not have the name that train_and_save gives it, and so might stand for another run.
-    """
+    Raises FileNotFoundError where there is none, ValueError where one is not usable or does not
+    have the name that train_and_save gives it, and so might stand for another run."""
     runs = []
     for path in sorted(Path(folder).glob("*.pt")):
         runs.append(run := load_checkpoint(path))
@@ -739,11 +715,9 @@ def load_runs(folder) -> list[Checkpoint]:
 
 
 def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a folder, from its checkpoints. Raises as load_runs.
-
-    results has a row for each run: setting, label, seed, accuracy and loss of each split,
-    seconds. history has one for each of its epochs and splits: loss and accuracy.
-    """
+    """The tables of a folder, from its checkpoints. results has a row for each run: setting,
+    label, seed, accuracy and loss of each split, seconds. history has one for each of its epochs
+    and splits: loss and accuracy. Raises as load_runs."""
     rows, histories = [], []
     for run in load_runs(folder):
         key = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
@@ -790,13 +764,11 @@ OUTCOME = ["val_accuracy", "train_accuracy", "seconds"]  # of the last epoch; of
 
 
 def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFrame:
-    """Run the rows of a study that lack an accuracy. Each finished run is written at once, one
-    that diverged at the end.
-
-    A row: part, setting (a name), FIELDS, OUTCOME. Training gets the splits train and val alone.
-    options go to train_many. Returns the table, where a run that failed lacks its accuracy.
-    Raises OSError where the table cannot be read or written or another search is running on it,
-    and, before any run, ValueError where it is no such table.
+    """Run the rows of a study that lack an accuracy, on the splits train and val alone. Each
+    finished run is written at once, one that diverged at the end.
+    A row: part, setting (a name), FIELDS, OUTCOME. options go to train_many. Returns the table,
+    where a run that failed lacks its accuracy. Raises OSError where it cannot be read or written
+    or another search is running on it, and, before any run, ValueError where it is no such table.
     """
     path = Path(path)
     path.stat()  # or the lock would make the folder of what is missing
@@ -888,8 +860,6 @@ def least_difference(results: pd.DataFrame, measure: str = "test_accuracy") -> f
 
     table = results.pivot(index="seed", columns="setting", values=measure).dropna(axis=1)
     spread, freedom = _spread(table)
-    if not freedom:
-        return math.nan
     return studentized_range.ppf(0.95, table.shape[1], freedom) * spread / math.sqrt(len(table))
 
 
@@ -897,11 +867,10 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
     """What techniques do in the factorial of eight settings, named by SETTINGS: columns effect
     and half, the half width of its own 95 % interval (Student's t; NaN with one seed).
 
-    Rows: each technique, the mean over the settings with it minus those without; each pair, how
-    much more one brings where the other is on; "dropout over weight_decay" and the like, what a
-    technique adds to one setting; the sum of the gains of single techniques, and the gain of all
-    three. Raises KeyError where results lack one of the eight, ValueError where SETTINGS do.
-    """
+    Rows: each technique, the settings with it minus those without; each pair, how much more one
+    brings where the other is on; "dropout over weight_decay" and the like, what one adds to a
+    setting; "sum of single gains"; "gain of all three". Raises KeyError where results lack one of
+    the eight, ValueError where SETTINGS do."""
     from scipy.stats import t
 
     table = results.pivot(index="seed", columns="setting", values=measure)
@@ -958,8 +927,7 @@ def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
     with torch.inference_mode():
         for name, layer in getattr(model, "layers", model).named_children():
             values = layer(values)
-            off = isinstance(layer, nn.Dropout) and layer.p == 0
-            if not off and not isinstance(layer, nn.Identity):
+            if not isinstance(layer, nn.Identity) and getattr(layer, "p", 1) > 0:  # of dropout
                 count = sum(parameter.numel() for parameter in layer.parameters())
                 rows.append((name, tuple(values.shape), count))
     return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
@@ -967,10 +935,8 @@ def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
 
 def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float) -> dict:
     """The six answers to question 3 (theory.md), for the layer of Ioffe and Szegedy (2015).
-
     x and upstream, which is df/dy, are (m,); gamma is a scalar; eps is added to the variance.
-    Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,).
-    """
+    Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,)."""
     m, mean = len(x), x.mean()
     root = ((x - mean).square().mean() + eps).sqrt()
     x_hat = (x - mean) / root
@@ -1023,8 +989,7 @@ def _train_command(args) -> int:
     names = SETTINGS if "all" in names else names
     jobs = [(SETTINGS[name], TrainConfig(args.epochs, seed=n)) for n in seeds for name in names]
     there = sum(checkpoint_path(args.out, *job).exists() for job in jobs)
-    options = {"root": args.data, "device": args.device, "workers": args.workers}
-    runs = train_and_save(jobs, args.out, **options)
+    runs = train_and_save(jobs, args.out, root=args.data, device=args.device, workers=args.workers)
     failed = sum(isinstance(run, Exception) for run in runs)
     print(f"{args.out}: {len(runs) - failed} of {len(runs)} runs ({there} were there already)")
     return 2 if failed else 0
@@ -1062,7 +1027,7 @@ def _test_command(args) -> int:
 
 def _search_command(args) -> int:
     table = search(args.table, root=args.data, device=args.device, workers=args.workers)
-    done = int(table.val_accuracy.notna().sum())
+    done = table.val_accuracy.count()
     print(f"{args.table}: {done} of {len(table)} runs")
     return 0 if done == len(table) else 2
 
@@ -1231,10 +1196,9 @@ def plot_architecture(model: LeNet5, axes=None):
 
 
 def plot_grids(table: pd.DataFrame, axes=None):
-    """What rule 1 saw: mean validation accuracy in percent by strength and learning rate, a panel
-    for each setting of A and D. A thick frame is the cell that was chosen, a thin one is within
-    the band of rule 2 of it. The lowest row of A is no regularization, the same in each panel.
-    table: the study."""
+    """What rule 1 saw in the study: mean validation accuracy in percent, a panel for each setting
+    of A and D; the lowest row of A is no regularization. A thick frame is the cell that was
+    chosen, a thin one is within the band of rule 2 of it."""
     from matplotlib.patches import Rectangle
 
     grids = table[table.part.isin(["A", "D"])]
@@ -1266,9 +1230,8 @@ def plot_grids(table: pd.DataFrame, axes=None):
 
 
 def plot_choices(table: pd.DataFrame, axes=None):
-    """What rules 2 and 3 saw. Left: validation accuracy of each alternative at its best rate
-    minus that of the fixed choice at its own, in points: seeds as dots, means as bars, the band
-    of noise in grey. Right: by the number of epochs, at the chosen values. table: the study."""
+    """What rules 2 and 3 saw in the study. Left: alternatives, in points: seeds as dots, means as
+    bars, the band of noise in grey. Right: validation accuracy by the number of epochs."""
     figure, (left, right) = _panels(axes, ([1, 1], 2.1))
     differences, band = 100 * alternatives(table)[::-1], 100 * noise_band(table)
     left.axvspan(-band, band, color="0.85", lw=0)
@@ -1328,7 +1291,7 @@ def plot_results(results: pd.DataFrame, axes=None):
         test, train = runs.mean()
         left.plot(runs.test_accuracy, [y - 0.17] * len(runs), "o", color=color, ms=3, alpha=0.6)
         left.errorbar(test, y + 0.17, xerr=half, fmt="|", color=color, elinewidth=2.5, ms=7)
-        left.annotate(f"{test:.2f}", (test + (half if half == half else 0), y + 0.17), (3, 0),
+        left.annotate(f"{test:.2f}", (test + np.nan_to_num(half), y + 0.17), (3, 0),
                       textcoords="offset points", color=color, fontsize=7, va="center")  # fmt: skip
         right.plot([test, train], [y, y], color=color, lw=3, alpha=0.5)
         right.plot(runs, [[y, y]] * len(runs), ".", color=color, ms=3)
@@ -1343,9 +1306,8 @@ def plot_results(results: pd.DataFrame, axes=None):
 
 def plot_additivity(results: pd.DataFrame, axes=None):
     """Does a technique bring the same where others are on? A panel for each: what it adds to the
-    test accuracy of each setting without it, in points, and as a line its main effect, the mean
-    of the four. Last, the sum of the three single gains and the gain of all three. With 95 %
-    intervals. results: of the factorial, as collect gives them."""
+    test accuracy of each setting without it, in points, and as a line the mean of the four. Last,
+    the sum of the single gains and the gain of all three. With the intervals of effects."""
     table = 100 * effects(results)
     on = {name: [SETTINGS[other].label[0] for other in TECHNIQUES if getattr(setting, other)]
           for name, setting in SETTINGS.items()}  # fmt: skip
@@ -1383,15 +1345,15 @@ def examine(runs, split: Split) -> pd.DataFrame:
 
 
 def plot_why(history, inside, table, names=None, axes=None):
-    """Four looks at overfitting, means over the seeds. Loss on test against loss on train, epoch
-    by epoch; validation against train accuracy after 8, 16 and 32 epochs, where the learning rate
-    has come to zero; norms of weights by layer; confidence in wrong answers, seeds as dots.
-    history: as collect gives it; inside: as examine does; table: the study."""
+    """Four looks at overfitting, means over the seeds: losses, epoch by epoch; accuracies where
+    the learning rate has come to zero; norms of weights; confidence in wrong answers, seeds as
+    dots. history: as collect gives it; inside: as examine does; table: the study."""
     styles = _styles(inside, names)
     figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 2.1), ([1, 1], 2.1))
     curves = history.groupby(["setting", "split", "epoch"]).loss.mean()
     length = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
     layers = inside.columns[inside.columns.get_loc("confidence") + 1 :]
+    sure.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
     for y, (name, (_, color)) in enumerate(styles.items()):
         train, test = curves[name, "train"], curves[name, "test"]
         losses.plot(train, test, color=color)
@@ -1402,17 +1364,15 @@ def plot_why(history, inside, table, names=None, axes=None):
         own = inside[inside.setting == name]
         norms.plot(layers, own[layers].mean(), "o-", color=color, ms=3)
         _dots(sure, 100 * own.confidence, y, color)
+        sure.get_yticklabels()[y].set_color(color)
     right = 0.9 * curves.xs("train", level="split").min()
-    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)",
-               ylabel="loss on test", xscale="log", xlim=(0.45, right), ylim=(None, 0.42))  # fmt: skip
+    losses.set(xscale="log", xlim=(0.45, right), ylim=(None, 0.42), ylabel="loss on test")
     losses.set_xticks(ticks := [x for x in (0.4, 0.2, 0.1, 0.05, 0.025) if x > right], ticks)
     losses.minorticks_off()
+    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)")
     fits.set(title="At equal fit: 8, 16, 32 epochs", xlabel="train accuracy (%)",
              ylabel="validation accuracy (%)")  # fmt: skip
     norms.set(title="Norm of each layer's weights", ylim=(0, None))
-    sure.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
-    for text, (_, color) in zip(sure.get_yticklabels(), styles.values()):
-        text.set_color(color)
     sure.set(title="Confidence in wrong answers (%)", ylim=(len(styles) - 0.5, -0.5))
     return figure
 
