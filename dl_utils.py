@@ -37,7 +37,7 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +85,7 @@ class Setting:
     # Lambda of the penalty lambda / 2 * ||w||^2 on the weights (Krogh and Hertz 1991).
     weight_decay: float = _allow("a number >= 0", lambda x: 0 <= x < math.inf, default=0.0)
     batch_norm: bool = _one_of(False, True)  # of all hidden layers (Ioffe and Szegedy 2015)
-    # The highest learning rate of the schedule.
-    lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)
+    lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)  # the highest
 
     __post_init__ = _check_fields
 
@@ -383,8 +382,7 @@ def read_data_files(root=None) -> list[Tensor]:
         paths = [*folder.glob(name), *folder.glob(f"{name}.gz")]
         content = next(filter(None, (_unpack(path.read_bytes(), name) for path in paths)), None)
         if paths and not content:
-            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; put the original"
-                             " in its place, or move it away, and it is downloaded")  # fmt: skip
+            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; move it away")
         content = content or _download(folder, name)
         header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
         tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(-1, *shape))
@@ -889,8 +887,7 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
     weights["sum of single gains"] = (count == 1) - 3.0 * (count == 0)
     weights["gain of all three"] = (count == 3) - 1.0 * (count == 0)
     spread, freedom = _spread(table)
-    scale = t.ppf(0.975, freedom) * spread / math.sqrt(len(table))
-    half = scale * (weights**2).sum() ** 0.5
+    half = t.ppf(0.975, freedom) * spread / math.sqrt(len(table)) * (weights**2).sum() ** 0.5
     return pd.DataFrame({"effect": table.mean() @ weights, "half": half})
 
 
@@ -1103,15 +1100,14 @@ def show_source(*functions):
 
 def summary_table(results: pd.DataFrame) -> pd.DataFrame:
     """Final accuracies in percent: of the first seed, and mean ± standard deviation of all."""
-    seed, rows = results.seed.min(), []
+    seed, rows, columns = results.seed.min(), [], ["train_accuracy", "test_accuracy"]
     for name, (label, _) in _styles(results).items():
-        runs = results[results.setting == name].sort_values("seed")
-        runs = 100 * runs[["train_accuracy", "test_accuracy"]]
+        runs = 100 * results[results.setting == name].set_index("seed").sort_index()[columns]
         spread = "" if len(runs) == 1 else " ± " + runs.std().map("{:.2f}".format)
         means = runs.mean().map("{:.2f}".format) + spread
         rows.append([label, *runs.iloc[0].map("{:.2f}".format), *means])
-    columns = [f"train, seed {seed}", f"test, seed {seed}", "train, mean", "test, mean"]
-    return pd.DataFrame(rows, columns=["setting", *columns])
+    names = [f"train, seed {seed}", f"test, seed {seed}", "train, mean", "test, mean"]
+    return pd.DataFrame(rows, columns=["setting", *names])
 
 
 def _styles(table: pd.DataFrame, names=None) -> dict[str, tuple[str, str]]:
@@ -1119,8 +1115,7 @@ def _styles(table: pd.DataFrame, names=None) -> dict[str, tuple[str, str]]:
     labels = dict(zip(table.setting, table.label))
     if missing := {*(names or ())} - {*labels}:
         raise ValueError(f"the table lacks {', '.join(sorted(missing))}")
-    known = list(dict.fromkeys([*SETTINGS, *labels]))
-    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(known)}
+    colors = dict(zip(dict.fromkeys([*SETTINGS, *labels]), cycle(PALETTE)))
     return {name: (labels[name], colors[name]) for name in names or labels}
 
 
@@ -1384,10 +1379,11 @@ def plot_errors(model: nn.Module, split: Split, axes=None):
     matrix = confusion_matrix(model, split)
     shares = 100 * matrix.div(matrix.sum(axis=1), axis=0)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.5:
-            text = {"color": "white" if share > 18 else "black", "fontsize": 7}
-            left.text(column, row, f"{share:.0f}", ha="center", va="center", **text)
+    for y, x in np.argwhere(shares >= 0.5):
+        color = "white" if shares.iat[y, x] > 18 else "black"
+        left.text(
+            x, y, f"{shares.iat[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color
+        )
     left.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", fontsize=7)
     left.set_yticks(range(len(CLASSES)), CLASSES, fontsize=7)
     left.set(xlabel="predicted class", ylabel="true class")
