@@ -86,7 +86,6 @@ class Setting:
     weight_decay: float = _allow("a number >= 0", lambda x: 0 <= x < math.inf, default=0.0)
     batch_norm: bool = _one_of(False, True)  # of all hidden layers (Ioffe and Szegedy 2015)
     lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)  # the highest
-
     __post_init__ = _check_fields
 
 
@@ -102,7 +101,6 @@ class TrainConfig:
     activation: str = _one_of("relu", "tanh")
     pooling: str = _one_of("max", "average")
     norm_place: str = _one_of("after_activation", "before_activation")
-
     __post_init__ = _check_fields
 
 
@@ -831,8 +829,7 @@ def alternatives(table: pd.DataFrame) -> pd.DataFrame:
 
 def lengths(table: pd.DataFrame) -> pd.DataFrame:
     """The runs of C, with those of A and D that they are to be compared with."""
-    same = ["setting", *(name for name in CELL if name != "epochs")]
-    runs = table.merge(best_cells(table).reset_index()[same])
+    runs = table.merge(best_cells(table).reset_index()[["setting", *CELL]].drop(columns="epochs"))
     return runs[runs.setting.isin(table.setting[table.part == "C"])]
 
 
@@ -967,7 +964,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (0)")
     option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
     option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
-    option = add(_test_command, "test", "measure saved runs; 1 where they recorded another", where)
+    option = add(_test_command, "test", "measure saved runs; exit code 1: not as recorded", where)
     option("paths", nargs="*", metavar="PATH",
            help="files, names, or folders, of which the lowest seed counts (weights/)")  # fmt: skip
     option = add(_search_command, "search", "run what a study lacks", where, speed)
