@@ -25,7 +25,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import re
 import signal
 import sys
@@ -33,14 +32,12 @@ import threading
 import time
 import traceback
 import urllib.request
-import uuid
 import zipfile
 import zlib
 from collections import OrderedDict
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,9 +85,7 @@ class Setting:
     # Lambda of the penalty lambda / 2 * ||w||^2 on the weights (Krogh and Hertz 1991).
     weight_decay: float = _allow("a number >= 0", lambda x: 0 <= x < math.inf, default=0.0)
     batch_norm: bool = _one_of(False, True)  # of all hidden layers (Ioffe and Szegedy 2015)
-    # The highest learning rate of the schedule.
-    lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)
-
+    lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)  # the highest
     __post_init__ = _check_fields
 
 
@@ -106,23 +101,19 @@ class TrainConfig:
     activation: str = _one_of("relu", "tanh")
     pooling: str = _one_of("max", "average")
     norm_place: str = _one_of("after_activation", "before_activation")
-
     __post_init__ = _check_fields
 
 
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("baseline", "No regularization", lr=0.04),
-        Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
-        Setting("weight_decay", "Weight decay", weight_decay=1e-3, lr=0.08),
-        Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
-        Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 1e-3, lr=0.08),
-        Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0, True, lr=0.08),
-        Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0, 1e-3, True, lr=0.08),
-        Setting("combined", "All three", 0.1, 1e-3, True, lr=0.08),
-    )
-}
+SETTINGS = {setting.name: setting for setting in (
+    Setting("baseline", "No regularization", lr=0.04),
+    Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
+    Setting("weight_decay", "Weight decay", weight_decay=1e-3, lr=0.08),
+    Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
+    Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 1e-3, lr=0.08),
+    Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0, True, lr=0.08),
+    Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0, 1e-3, True, lr=0.08),
+    Setting("combined", "All three", 0.1, 1e-3, True, lr=0.08),
+)}  # fmt: skip
 
 # ---------------------------------------------------------------------------------- data
 
@@ -139,22 +130,16 @@ class Split(NamedTuple):
 
 
 def load_fashion_mnist(root=None, seed: int = 0) -> dict[str, Split]:
-    """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing.
-
-    Returns "train" (55,000 images) and "val" (5,000), which seed draws from the 60,000 training
-    images, and "test" (10,000). root: the folder, by default data/ beside this file.
-    Raises OSError where a file is missing and cannot be downloaded, ValueError where one does
-    not hold what Fashion-MNIST holds.
-    """
-    pixels, labels, test_pixels, test_labels = read_data_files(root)
+    """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing: "train" (55,000 images)
+    and "val" (5,000), which seed draws from the 60,000 training images, and "test" (10,000).
+    root: the folder, by default data/ beside this file. Raises as read_data_files."""
+    pixels, labels, *test = read_data_files(root)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     val, train = order.tensor_split([len(labels) // 12])
-
-    def split(pixels: Tensor, labels: Tensor) -> Split:
-        return Split(pixels.float().div_(255).sub_(MEAN).div_(STD), labels.long())
-
-    return {"train": split(pixels[train], labels[train]), "val": split(pixels[val], labels[val]),
-            "test": split(test_pixels, test_labels)}  # fmt: skip
+    parts = {"train": (pixels[train], labels[train]), "val": (pixels[val], labels[val]),
+             "test": test}  # fmt: skip
+    return {name: Split(pixels.float().div_(255).sub_(MEAN).div_(STD), labels.long())
+            for name, (pixels, labels) in parts.items()}  # fmt: skip
 
 
 def minibatches(split: Split, batch_size: int, generator: torch.Generator):
@@ -246,8 +231,7 @@ def compute_logits(model: nn.Module, images: Tensor, batch_size: int = 500) -> T
     model.eval()
     try:
         with torch.inference_mode():
-            batches = images.split(batch_size)
-            return torch.cat([model(batch.to(device)) for batch in batches]).cpu()
+            return torch.cat([model(part.to(device)) for part in images.split(batch_size)]).cpu()
     finally:
         model.train(training)
 
@@ -306,18 +290,14 @@ def train_epoch(model, batches, optimizer, schedule) -> float:
     return loss.item()
 
 
-def train(
-    setting: Setting, splits: dict[str, Split], config: TrainConfig | None = None,
-    *, device=None, every_epoch: bool = True, progress=None,
-) -> Checkpoint:  # fmt: skip
+def train(setting: Setting, splits: dict[str, Split], config: TrainConfig | None = None, *,
+          device=None, every_epoch: bool = True, progress=None) -> Checkpoint:  # fmt: skip
     """Train one setting from scratch on splits["train"]; the last epoch is the model.
 
     All splits given are measured after every epoch or, without every_epoch, after the last.
-    device: by default that of find_device. progress is called after every epoch. On the CPU a
-    run takes one thread and gives the same bits every time; calls from several threads wait for
-    each other. Raises DivergedError after the first epoch whose loss is not finite, ValueError
-    for a device that this machine cannot use.
-    """
+    device: as in find_device. progress is called after every epoch. On the CPU a run takes one
+    thread and gives the same bits every time; calls from several threads wait for each other.
+    Raises DivergedError after the first epoch whose loss is not finite."""
     config, device, rows = config or TrainConfig(), find_device(device), []
     splits = {name: Split(*(part.to(device) for part in split)) for name, split in splits.items()}
     with _alone_on_one_thread(device):
@@ -341,7 +321,7 @@ def train(
                 progress()
         seconds = round(time.process_time() - start, 1)
     history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
                 "cpu": torch.backends.cpu.get_cpu_capability(), "device": str(device)}  # fmt: skip
     return Checkpoint(model.eval(), setting, config, history, metrics, seconds, versions)
 
@@ -390,21 +370,17 @@ TIMEOUT = 30  # seconds that a server may stay silent
 
 def read_data_files(root=None) -> list[Tensor]:
     """Images (N, 1, 28, 28) and labels (N,) of the train and of the test files, all uint8.
-
     A file may be packed (.gz) or not, in root/FashionMNIST/raw, where torchvision puts it, in
-    root/raw or in root. Only what is there in neither form is downloaded.
-    """
+    root/raw or in root. Only what is there in neither form is downloaded. Raises OSError where
+    that fails, ValueError where a file does not hold what Fashion-MNIST holds."""
     root, tensors = Path(root or HERE / "data"), []
     folders = [root / "FashionMNIST" / "raw", root / "raw", root]
     folder = next((f for f in folders if any(f.glob("*-idx?-ubyte*"))), folders[0])
     for name in DATA_FILES:
         paths = [*folder.glob(name), *folder.glob(f"{name}.gz")]
-        contents = (_unpack(path.read_bytes(), name) for path in paths)
-        content = next(filter(None, contents), None)
+        content = next(filter(None, (_unpack(path.read_bytes(), name) for path in paths)), None)
         if paths and not content:
-            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds (damaged, or of "
-                             "another data set); put the original in its place, or move it away, "
-                             "and it is downloaded")  # fmt: skip
+            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; move it away")
         content = content or _download(folder, name)
         header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
         tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(-1, *shape))
@@ -428,14 +404,12 @@ def _download(folder: Path, name: str) -> bytearray:
     for mirror in FashionMNIST.mirrors:
         try:
             with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=TIMEOUT) as answer:
-                packed = answer.read()
+                packed, reason = answer.read(), "the server sent something else"
         except (OSError, http.client.HTTPException) as error:
-            reason = error
-            continue
+            packed, reason = b"", error
         if content := _unpack(packed, name):
             write_file(folder / f"{name}.gz", packed)
             return content
-        reason = "the server sent something else"
     missing = [f"{name}.gz" for name in DATA_FILES if not any(folder.glob(f"{name}*"))]
     raise OSError(f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
                   f"put {', '.join(missing)} there")  # fmt: skip
@@ -443,10 +417,8 @@ def _download(folder: Path, name: str) -> bytearray:
 
 def classify(model: nn.Module, picture) -> pd.Series:
     """Probabilities of the classes for one picture, the most probable first.
-
     picture: an image file, or an array (H, W) or (H, W, 3), uint8 or from 0 to 1. It is made what
-    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28.
-    """
+    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28."""
     from PIL import Image, ImageOps  # slow to import
 
     if isinstance(picture, (str, os.PathLike)):
@@ -475,7 +447,7 @@ def checkpoint_path(folder, setting: Setting, config: TrainConfig) -> Path:
 def write_file(path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError, naming it, where it cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{os.urandom(16).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -496,13 +468,9 @@ def save_checkpoint(path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path, device="cpu") -> Checkpoint:
-    """Read a checkpoint to a device, running no code from it.
-
-    A state dict of this network is read as well, plain or as other programs wrap it; then what
-    the file does not say has its default, and metrics is empty.
-    Raises OSError where the file cannot be read, ValueError where it holds no such thing or is
-    damaged, and for a device that this machine cannot use.
-    """
+    """Read a checkpoint to a device, running no code from it. A state dict of this network is read
+    as well, plain or as other programs wrap it, with defaults for what it does not say. Raises
+    OSError where the file cannot be read, ValueError where it holds no such thing or is damaged."""
     device = find_device(device)
     try:
         checkpoint = _from_bytes(Path(path).read_bytes())
@@ -532,18 +500,14 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
 
 def _from_bytes(content: bytes) -> Checkpoint:
     try:
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load does not look
-    except Exception as error:  # a damaged archive fails in any of a dozen ways
-        raise ValueError("it is damaged, or no zip file as torch.save writes") from error
-    if damaged:
-        raise ValueError(f"it is damaged: the checksum of its part {damaged} is wrong")
-    try:
+        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("it holds Python objects, whose code is not run; save a state_dict() "
                          "instead") from error  # fmt: skip
-    except (RuntimeError, EOFError) as error:
-        raise ValueError("it was not written by torch.save") from error
+    except Exception as error:  # a damaged archive fails in any of a dozen ways
+        raise ValueError("it is damaged, or no zip file as torch.save writes") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         payload = _wrap_state_dict(payload)
     if payload["version"] != VERSION:
@@ -572,9 +536,8 @@ def _wrap_state_dict(state) -> dict:
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): state[key] for key in state}
     norm = "layers.norm1.weight" in state
     setting = {"name": "state_dict", "label": "Weights", "batch_norm": norm}
-    empty = {key: {} for key in ("config", "history", "metrics", "versions")}
-    rest = {"version": VERSION, "setting": setting, "state_dict": state, "seconds": math.nan}
-    return {**empty, **rest}
+    return {"version": VERSION, "setting": setting, "config": {}, "history": {}, "metrics": {},
+            "seconds": math.nan, "versions": {}, "state_dict": state}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ many runs
@@ -587,14 +550,12 @@ def usable_workers(root="/") -> int:
     group) and the memory that it may use. root: of the file system that says so on Linux."""
 
     def find(file: str, pattern: str) -> list[str]:
-        try:
+        with contextlib.suppress(OSError):
             return re.findall(pattern, (Path(root) / file).read_text(encoding="utf-8"))
-        except OSError:
-            return []
+        return []
 
     affinity = getattr(os, "sched_getaffinity", None)
-    limits = [len(affinity(0)) if affinity else os.cpu_count() or 1]
-    limits += [61] if os.name == "nt" else []  # more than concurrent.futures starts there
+    limits = [len(affinity(0)) if affinity else min(os.cpu_count() or 1, 61)]  # Windows' most
     limits += [1024 * int(n) / RUN_MEMORY for n in find("proc/meminfo", r"MemAvailable:\s*(\d+)")]
     group = Path("sys/fs/cgroup", *find("proc/self/cgroup", r"(?m)^0::/(.+)$"))
     for folder in (group, *group.parents):
@@ -606,22 +567,18 @@ def usable_workers(root="/") -> int:
 def train_many(jobs, executor: Executor | None = None, *, workers: int | None = None,
                on_finish=None, **options) -> list[Checkpoint | Exception]:  # fmt: skip
     """Train independent jobs, (setting, config), in parallel, each on the data of its seed.
+    Returns the checkpoints in the order of jobs.
 
     executor: any concurrent.futures.Executor (of processes: with the context "spawn"); by default
-    workers processes of this machine or, without that number, usable_workers, on a GPU one.
-    They are spawned: a script calls this under if __name__ == "__main__".
-    on_finish: called here with the index of a job and its checkpoint as soon as it is there.
-    options: root of the data, split_names of what training gets; every_epoch, device as in train.
-
-    Returns the checkpoints in the order of jobs. A job that fails (or whose on_finish does) is
-    reported at once, the others go on, and its place holds the exception. An interrupt ends
-    what processes of this machine run and what other executors have not begun.
-    """
+    workers processes of this machine (usable_workers, on a GPU one), which are spawned: a script
+    calls this under if __name__ == "__main__". on_finish: called here with the index of a job and
+    its checkpoint as soon as it is there. options: root, split_names; every_epoch, device of train.
+    A job that fails (or whose on_finish does) is reported at once, the others go on, and its place
+    holds the exception. An interrupt ends what runs here and what elsewhere has not begun."""
     jobs = list(jobs)
     results: list = [None] * len(jobs)
     total = sum(config.epochs for _, config in jobs)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit="epoch", disable=None))
+    with tqdm(total=total, unit="epoch", disable=None) as bar, contextlib.ExitStack() as stack:
         if local := executor is None and bool(jobs):
             read_data_files(options.get("root"))  # one download or error, not one in each worker
             cpu = find_device(options.get("device")).type == "cpu"
@@ -633,29 +590,25 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
             stack.callback(lambda: [future.cancel() for future in futures])
         for future in as_completed(futures):
             index = futures[future]
+            setting, config = jobs[index]
             try:
-                results[index] = _from_bytes(future.result())
+                results[index] = run = _from_bytes(future.result())
                 if on_finish:
-                    on_finish(index, results[index])
+                    on_finish(index, run)
+                values = [f"{name} {metrics.accuracy:.2%}" for name, metrics in run.metrics.items()]
+                said, file = f": {', '.join(values)}, {run.seconds:.0f} s", sys.stdout
             except Exception as error:
                 results[index] = error
-            with tqdm.external_write_mode():
-                _print_result(*jobs[index], results[index])
-            bar.update(0 if local else jobs[index][1].epochs)
-    if killed := sum(isinstance(result, BrokenProcessPool) for result in results):
+                said, file = f", failed: {str(error) or repr(error)}", sys.stderr
+            if not isinstance(results[index], BrokenExecutor):
+                with tqdm.external_write_mode():
+                    print(f"{setting.name}, seed {config.seed}{said}", file=file, flush=True)
+            bar.update(0 if local else config.epochs)
+    if killed := sum(isinstance(result, BrokenExecutor) for result in results):
         print(f"{killed} runs are not finished, as a worker was killed (short of memory? try fewer "
               "workers) or could not start (a script needs if __name__ == '__main__')",
               file=sys.stderr)  # fmt: skip
     return results
-
-
-def _print_result(setting: Setting, config: TrainConfig, result: Checkpoint | Exception) -> None:
-    run = f"{setting.name}, seed {config.seed}"
-    if isinstance(result, Checkpoint):
-        values = [f"{name} {metrics.accuracy:.2%}" for name, metrics in result.metrics.items()]
-        print(f"{run}: {', '.join(values)}, {result.seconds:.0f} s", flush=True)
-    elif not isinstance(result, BrokenProcessPool):
-        print(f"{run}, failed: {str(result) or repr(result)}", file=sys.stderr, flush=True)
 
 
 _load_once = functools.lru_cache(maxsize=1)(load_fashion_mnist)
@@ -683,8 +636,8 @@ def _ignore_sigint():
 @contextlib.contextmanager
 def _processes(count: int, bar: tqdm):
     """A pool of spawned processes. They hold one end of a pipe and exit when the other end is
-    closed: by this process, after an exception, or by the system, however this process ends.
-    Through a second pipe they send a byte for each epoch (no queue: its lock may die with them)."""
+    closed: by this process, or by the system, however this process ends. Through a second pipe
+    they send a byte for each epoch (no queue: its lock may die with them)."""
     spawn = multiprocessing.get_context("spawn")
     (lifeline, held), (received, epochs) = spawn.Pipe(duplex=False), spawn.Pipe(duplex=False)
 
@@ -698,10 +651,8 @@ def _processes(count: int, bar: tqdm):
     counter.start()
     try:
         yield pool
-    except BaseException:
-        held.close()
-        raise
     finally:
+        held.close()  # ends what still runs
         pool.shutdown(cancel_futures=True)
         epochs.close()
         counter.join()
@@ -722,11 +673,9 @@ def _start_worker(lifeline, epochs) -> None:
 
 def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exception]:
     """train_many, each run saved in folder as soon as it is finished. options go to train_many.
-
     A run whose file is there is not trained again: a second call goes on after an interruption.
     Raises, before any training, OSError where the folder cannot be written to, and ValueError
-    where a file holds another run than the job or two jobs would write one file.
-    """
+    where a file holds another run than the job or two jobs would write one file."""
     folder, jobs, results = Path(folder), list(jobs), {}
     paths = {job: checkpoint_path(folder, *job) for job in jobs}
     if len({str(path).lower() for path in paths.values()}) < len(paths):
@@ -740,20 +689,16 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
             if (run.setting, run.config) != job:
                 raise ValueError(f"{path} holds another run, {run.setting}, {run.config}; choose "
                                  "another folder, or move this file away")  # fmt: skip
-    todo = [job for job in paths if job not in results]
-    runs = train_many(
-        todo, on_finish=lambda i, run: save_checkpoint(paths[todo[i]], run), **options
-    )
-    results.update(zip(todo, runs))
+    new = [job for job in paths if job not in results]
+    runs = train_many(new, on_finish=lambda i, run: save_checkpoint(paths[new[i]], run), **options)
+    results.update(zip(new, runs))
     return [results[job] for job in jobs]
 
 
 def load_runs(folder) -> list[Checkpoint]:
     """All checkpoints of a folder, in the order of SETTINGS, others behind them, and of seeds.
-
-    Raises FileNotFoundError where there is none, and ValueError where one is not usable or does
-    not have the name that train_and_save gives it, and so might stand for another run.
-    """
+    Raises FileNotFoundError where there is none, ValueError where one is not usable or does not
+    have the name that train_and_save gives it, and so might stand for another run."""
     runs = []
     for path in sorted(Path(folder).glob("*.pt")):
         runs.append(run := load_checkpoint(path))
@@ -766,11 +711,9 @@ def load_runs(folder) -> list[Checkpoint]:
 
 
 def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a folder, from its checkpoints. Raises as load_runs.
-
-    results has a row for each run: setting, label, seed, accuracy and loss of each split,
-    seconds. history has one for each of its epochs and splits: loss and accuracy.
-    """
+    """The tables of a folder, from its checkpoints. results has a row for each run: setting,
+    label, seed, accuracy and loss of each split, seconds. history has one for each of its epochs
+    and splits: loss and accuracy. Raises as load_runs."""
     rows, histories = [], []
     for run in load_runs(folder):
         key = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
@@ -817,17 +760,14 @@ OUTCOME = ["val_accuracy", "train_accuracy", "seconds"]  # of the last epoch; of
 
 
 def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFrame:
-    """Run the rows of a study that lack an accuracy. Each finished run is written at once, one
-    that diverged at the end.
-
-    A row: part, setting (a name), FIELDS, OUTCOME. Training gets the splits train and val alone.
-    options go to train_many. Returns the table, where a run that failed lacks its accuracy.
-    Raises OSError where the table cannot be read or written or another search is running on it,
-    and, before any run, ValueError where it is no such table.
+    """Run the rows of a study that lack an accuracy, on the splits train and val alone. Each
+    finished run is written at once, one that diverged at the end.
+    A row: part, setting (a name), FIELDS, OUTCOME. options go to train_many. Returns the table,
+    where a run that failed lacks its accuracy. Raises OSError where it cannot be read or written
+    or another search is running on it, and, before any run, ValueError where it is no such table.
     """
     path = Path(path)
-    if not path.exists():  # the lock would make its folder
-        raise FileNotFoundError(f"{path} does not exist")
+    path.stat()  # or the lock would make the folder of what is missing
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=0))
@@ -840,17 +780,15 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not the table of a study: {error}") from error
 
-        def record(index: int, run: Checkpoint | None = None) -> None:
-            outcome = [0.1, 0.1, 0.0]  # of a run that diverged
-            if run:
-                outcome = [run.metrics["val"].accuracy, run.metrics["train"].accuracy, run.seconds]
-            table.loc[todo[index], OUTCOME] = outcome
+        def record(index: int, run: Checkpoint | None) -> None:  # None has diverged
+            accuracies = [run.metrics[name].accuracy for name in ("val", "train")] if run else []
+            table.loc[todo[index], OUTCOME] = [*accuracies, run.seconds] if run else [0.1, 0.1, 0.0]
             write_file(path, table.to_csv(index=False, lineterminator="\n").encode())
 
         given = {"split_names": ("train", "val"), "every_epoch": False, "on_finish": record}
         for index, result in enumerate(train_many(jobs, executor, **given, **options)):
             if isinstance(result, DivergedError):
-                record(index)
+                record(index, None)
             elif isinstance(result, Exception):
                 table.loc[todo[index], OUTCOME] = math.nan  # it may have failed in being written
     return table
@@ -891,8 +829,7 @@ def alternatives(table: pd.DataFrame) -> pd.DataFrame:
 
 def lengths(table: pd.DataFrame) -> pd.DataFrame:
     """The runs of C, with those of A and D that they are to be compared with."""
-    same = ["setting", *(name for name in CELL if name != "epochs")]
-    runs = table.merge(best_cells(table).reset_index()[same])
+    runs = table.merge(best_cells(table).reset_index()[["setting", *CELL]].drop(columns="epochs"))
     return runs[runs.setting.isin(table.setting[table.part == "C"])]
 
 
@@ -918,8 +855,6 @@ def least_difference(results: pd.DataFrame, measure: str = "test_accuracy") -> f
 
     table = results.pivot(index="seed", columns="setting", values=measure).dropna(axis=1)
     spread, freedom = _spread(table)
-    if not freedom:
-        return math.nan
     return studentized_range.ppf(0.95, table.shape[1], freedom) * spread / math.sqrt(len(table))
 
 
@@ -927,16 +862,14 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
     """What techniques do in the factorial of eight settings, named by SETTINGS: columns effect
     and half, the half width of its own 95 % interval (Student's t; NaN with one seed).
 
-    Rows: each technique, the mean over the settings with it minus those without; each pair, how
-    much more one brings where the other is on; "dropout over weight_decay" and the like, what a
-    technique adds to one setting; the sum of the gains of single techniques, and the gain of all
-    three. Raises KeyError where results lack one of the eight, ValueError where SETTINGS do.
-    """
+    Rows: each technique, the settings with it minus those without; each pair, how much more one
+    brings where the other is on; "dropout over weight_decay" and the like, what one adds to a
+    setting; "sum of single gains"; "gain of all three". Raises KeyError where results lack one of
+    the eight, ValueError where SETTINGS do."""
     from scipy.stats import t
 
     table = results.pivot(index="seed", columns="setting", values=measure)
-    on = pd.DataFrame([*SETTINGS.values()]).set_index("name")[[*TECHNIQUES]].astype(bool)
-    on = on.drop_duplicates()
+    on = pd.DataFrame(SETTINGS.values(), [*SETTINGS])[[*TECHNIQUES]].astype(bool).drop_duplicates()
     if len(on) < 8:
         raise ValueError(f"SETTINGS have {len(on)} combinations of the techniques; expected all 8")
     table, sign, count = table[on.index], 2.0 * on - 1, on.sum(axis=1)
@@ -946,13 +879,12 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
     for technique in TECHNIQUES:
         rest = on.drop(columns=technique)
         for name in on.index[~on[technique]]:
-            pair = (rest == rest.loc[name]).all(axis=1)
+            pair = (rest == rest.loc[name]).all(axis=1)  # the setting and that with it
             weights[f"{technique} over {name}"] = sign[technique] * pair
     weights["sum of single gains"] = (count == 1) - 3.0 * (count == 0)
     weights["gain of all three"] = (count == 3) - 1.0 * (count == 0)
     spread, freedom = _spread(table)
-    scale = t.ppf(0.975, freedom) * spread / math.sqrt(len(table))
-    half = scale * (weights**2).sum() ** 0.5
+    half = t.ppf(0.975, freedom) * spread / math.sqrt(len(table)) * (weights**2).sum() ** 0.5
     return pd.DataFrame({"effect": table.mean() @ weights, "half": half})
 
 
@@ -989,8 +921,7 @@ def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
     with torch.inference_mode():
         for name, layer in getattr(model, "layers", model).named_children():
             values = layer(values)
-            off = isinstance(layer, nn.Dropout) and layer.p == 0
-            if not off and not isinstance(layer, nn.Identity):
+            if not isinstance(layer, nn.Identity) and getattr(layer, "p", 1) > 0:  # of dropout
                 count = sum(parameter.numel() for parameter in layer.parameters())
                 rows.append((name, tuple(values.shape), count))
     return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
@@ -998,22 +929,16 @@ def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
 
 def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float) -> dict:
     """The six answers to question 3 (theory.md), for the layer of Ioffe and Szegedy (2015).
-
     x and upstream, which is df/dy, are (m,); gamma is a scalar; eps is added to the variance.
-    Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,).
-    """
+    Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,)."""
     m, mean = len(x), x.mean()
     root = ((x - mean).square().mean() + eps).sqrt()
     x_hat = (x - mean) / root
     d_gamma, d_beta, d_x_hat = (upstream * x_hat).sum(), upstream.sum(), gamma * upstream
-    return {
-        "gamma": d_gamma,
-        "beta": d_beta,
-        "x_hat": d_x_hat,
-        "variance": -(d_x_hat * (x - mean)).sum() / (2 * root**3),
-        "mean": -d_x_hat.sum() / root,
-        "x": gamma / (m * root) * (m * upstream - d_beta - x_hat * d_gamma),
-    }
+    return {"gamma": d_gamma, "beta": d_beta, "x_hat": d_x_hat,
+            "variance": -(d_x_hat * (x - mean)).sum() / (2 * root**3),
+            "mean": -d_x_hat.sum() / root,
+            "x": gamma / (m * root) * (m * upstream - d_beta - x_hat * d_gamma)}  # fmt: skip
 
 
 # --------------------------------------------------------------------------- command line
@@ -1027,8 +952,7 @@ def build_parser() -> argparse.ArgumentParser:
     where, speed = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     where.add_argument("--data", metavar="FOLDER", help="of Fashion-MNIST (data/ beside this file)")
     where.add_argument("--device", help="cpu, cuda, ... (this machine's accelerator, else cpu)")
-    speed.add_argument("--workers", type=int, metavar="N",
-                       help="runs at a time (what processors and memory allow)")  # fmt: skip
+    speed.add_argument("--workers", type=int, metavar="N", help="runs at a time (what fits here)")
 
     def add(run, name: str, text: str, *parents: argparse.ArgumentParser):
         command = commands.add_parser(name, help=text, description=text, parents=parents)
@@ -1040,14 +964,12 @@ def build_parser() -> argparse.ArgumentParser:
     option("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (0)")
     option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
     option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
-    text = "measure saved runs, and exit with 1 where that is not what they recorded"
-    option = add(_test_command, "test", text, where)
-    text = "files, names of settings in weights/, or folders, of which the lowest seed counts"
-    option("paths", nargs="*", metavar="PATH", help=f"{text} (weights/)")
+    option = add(_test_command, "test", "measure saved runs; exit code 1: not as recorded", where)
+    option("paths", nargs="*", metavar="PATH",
+           help="files, names, or folders, of which the lowest seed counts (weights/)")  # fmt: skip
     option = add(_search_command, "search", "run what a study lacks", where, speed)
     option("table", nargs="?", default=STUDY, help="a CSV file (weights/search.csv)")
-    text = "write results.csv of a folder, from its checkpoints"
-    add(_collect_command, "collect", text)("folder")
+    add(_collect_command, "collect", "write results.csv of a folder of runs")("folder")
     return parser
 
 
@@ -1061,41 +983,37 @@ def _train_command(args) -> int:
     names = SETTINGS if "all" in names else names
     jobs = [(SETTINGS[name], TrainConfig(args.epochs, seed=n)) for n in seeds for name in names]
     there = sum(checkpoint_path(args.out, *job).exists() for job in jobs)
-    options = {"root": args.data, "device": args.device, "workers": args.workers}
-    runs = train_and_save(jobs, args.out, **options)
+    runs = train_and_save(jobs, args.out, root=args.data, device=args.device, workers=args.workers)
     failed = sum(isinstance(run, Exception) for run in runs)
     print(f"{args.out}: {len(runs) - failed} of {len(runs)} runs ({there} were there already)")
     return 2 if failed else 0
 
 
 def _test_command(args) -> int:
-    files = {}
+    runs, rows, differing = {}, [], []
     for path in map(Path, args.paths or [HERE / "weights"]):
         if not path.exists() and str(path) in SETTINGS:
             path = HERE / "weights" / f"{path}.pt"
-        lowest = {}  # seeds, which come first
         for run in load_runs(path) if path.is_dir() else [load_checkpoint(path)]:
-            lowest.setdefault(run.setting.name, run)
-        for run in lowest.values():
             file = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
-            files[file] = run
-    device, rows, differing = find_device(args.device or "cpu"), [], []
-    for path, run in files.items():
+            runs.setdefault((path, run.setting.name), (file, run))  # the lowest seed comes first
+    device = find_device(args.device or "cpu")
+    for file, run in runs.values():
         seed = f", seed {run.config.seed}" if run.config.seed else ""
         row = {"setting": f"{run.setting.label}{seed}"}
         for name, split in _load_once(args.data, run.config.seed).items():
             accuracy, count = evaluate(run.model.to(device), split).accuracy, len(split.labels)
             row[f"{name} %"] = f"{100 * accuracy:.2f}"
-            recorded = run.metrics.get(name)
-            images = round(count * (accuracy - recorded.accuracy)) if recorded else 0
+            recorded = run.metrics.get(name, Metrics(math.nan, accuracy)).accuracy
+            images = round(count * (accuracy - recorded))
             if abs(images) > 1:  # rounding on another processor may change one
-                differing.append(f"{path}, {name}: {images:+} of {count} images right")
+                differing.append(f"{file}, {name}: {images:+} of {count} images right")
         rows.append(row)
     print(pd.DataFrame(rows).to_string(index=False), *differing, sep="\n")
-    if bare := [str(path) for path, run in files.items() if not run.metrics]:
+    if bare := [str(file) for file, run in runs.values() if not run.metrics]:
         print(f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken for "
               "a network with ReLU, maximum pooling and norm after the activation.")  # fmt: skip
-    if len(bare) < len(files):
+    if len(bare) < len(runs):
         verdict = "DIFFER from" if differing else "equal, to within one image,"
         print(f"The measured accuracies {verdict} what the files recorded.")
     return 1 if differing else 0
@@ -1103,7 +1021,7 @@ def _test_command(args) -> int:
 
 def _search_command(args) -> int:
     table = search(args.table, root=args.data, device=args.device, workers=args.workers)
-    done = int(table.val_accuracy.notna().sum())
+    done = table.val_accuracy.count()
     print(f"{args.table}: {done} of {len(table)} runs")
     return 0 if done == len(table) else 2
 
@@ -1133,10 +1051,10 @@ def main(argv: list[str] | None = None) -> int:
         full = isinstance(error, RuntimeError) and "alloc" in str(error)  # torch's words for it
         if isinstance(error, MemoryError) or full:
             error = OSError("out of memory; close other programs, or use fewer --workers")
-        if not isinstance(error, (ValueError, OSError)):
+        if isinstance(error, (ValueError, OSError)):
+            print(f"dl_utils.py: {error}", file=sys.stderr)
+        else:
             traceback.print_exc()
-            return 2
-        print(f"dl_utils.py: {error}", file=sys.stderr)
         return 2
 
 
@@ -1179,15 +1097,14 @@ def show_source(*functions):
 
 def summary_table(results: pd.DataFrame) -> pd.DataFrame:
     """Final accuracies in percent: of the first seed, and mean ± standard deviation of all."""
-    seed, rows = results.seed.min(), []
+    seed, rows, columns = results.seed.min(), [], ["train_accuracy", "test_accuracy"]
     for name, (label, _) in _styles(results).items():
-        runs = results[results.setting == name].sort_values("seed")
-        runs = 100 * runs[["train_accuracy", "test_accuracy"]]
+        runs = 100 * results[results.setting == name].set_index("seed").sort_index()[columns]
         spread = "" if len(runs) == 1 else " ± " + runs.std().map("{:.2f}".format)
         means = runs.mean().map("{:.2f}".format) + spread
         rows.append([label, *runs.iloc[0].map("{:.2f}".format), *means])
-    columns = [f"train, seed {seed}", f"test, seed {seed}", "train, mean", "test, mean"]
-    return pd.DataFrame(rows, columns=["setting", *columns])
+    names = [f"train, seed {seed}", f"test, seed {seed}", "train, mean", "test, mean"]
+    return pd.DataFrame(rows, columns=["setting", *names])
 
 
 def _styles(table: pd.DataFrame, names=None) -> dict[str, tuple[str, str]]:
@@ -1195,8 +1112,7 @@ def _styles(table: pd.DataFrame, names=None) -> dict[str, tuple[str, str]]:
     labels = dict(zip(table.setting, table.label))
     if missing := {*(names or ())} - {*labels}:
         raise ValueError(f"the table lacks {', '.join(sorted(missing))}")
-    known = list(dict.fromkeys([*SETTINGS, *labels]))
-    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(known)}
+    colors = dict(zip(dict.fromkeys([*SETTINGS, *labels]), cycle(PALETTE)))
     return {name: (labels[name], colors[name]) for name in names or labels}
 
 
@@ -1251,35 +1167,30 @@ def plot_architecture(model: LeNet5, axes=None):
 
     figure, (ax,) = _panels(axes, ([1], 1.7))
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
-    stages, shape, x = [("image", (1, 28, 28), 0)], (1, 28, 28), 0.0
-    for layer, output, parameters in layer_summary(model).itertuples(index=False):
-        if output[1:] != shape and layer != "flatten":
-            shape = output[1:]
-            stages.append((names[layer.rstrip("12345")], shape, parameters))
-    for name, shape, parameters in stages:
-        count, height = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0] / 3)
-        width = height if len(shape) == 3 else 3
+    stages, x = [("image", (1, 1, 28, 28), 0)], 0.0
+    stages += [(names[layer[:-1]], *rest) for layer, *rest in layer_summary(model).to_numpy()
+               if layer[:-1] in names]  # fmt: skip
+    for name, (_, *shape), parameters in stages:
+        count, height, width = shape if len(shape) == 3 else (1, shape[0] / 3, 3)
         step = 10 / max(count, 8)  # from one map to the next
         for k in range(count):
             place = (x + step * k, -height / 2 - step * (k - (count - 1) / 2))
             ax.add_patch(Rectangle(place, width, height, fc="#DCE9F5", ec="#0072B2", lw=0.4))
-        middle = x + (width + step * (count - 1)) / 2
+        whole = width + step * (count - 1)
         size = f"{count} maps\n{height} × {height}" if len(shape) == 3 else f"{shape[0]}\nunits"
-        below = f"{name}\n{parameters:,}" if parameters else name
-        text = {"ha": "center", "fontsize": 7, "in_layout": False}
-        ax.text(middle, 23, size.replace("1 maps", "1 map"), va="bottom", **text)
-        ax.text(middle, -23, below, va="top", **text)
-        x += max(width + step * (count - 1), 14) + 10
+        text = {"x": x + whole / 2, "ha": "center", "fontsize": 7, "in_layout": False}
+        ax.text(y=23, s=size.replace("1 maps", "1 map"), va="bottom", **text)
+        ax.text(y=-23, s=f"{name}\n{parameters:,}" if parameters else name, va="top", **text)
+        x += max(whole, 14) + 10
     ax.set(xlim=(-1, x - 9), ylim=(-37, 32), aspect="equal")
     ax.set_axis_off()
     return figure
 
 
 def plot_grids(table: pd.DataFrame, axes=None):
-    """What rule 1 saw: mean validation accuracy in percent by strength and learning rate, a panel
-    for each setting of A and D. A thick frame is the cell that was chosen, a thin one is within
-    the band of rule 2 of it. The lowest row of A is no regularization, the same in each panel.
-    table: the study."""
+    """What rule 1 saw in the study: mean validation accuracy in percent, a panel for each setting
+    of A and D; the lowest row of A is no regularization. A thick frame is the cell that was
+    chosen, a thin one is within the band of rule 2 of it."""
     from matplotlib.patches import Rectangle
 
     grids = table[table.part.isin(["A", "D"])]
@@ -1289,51 +1200,44 @@ def plot_grids(table: pd.DataFrame, axes=None):
     for name in [name for name in SETTINGS if name in best and name != "baseline"]:
         grid = means[["baseline", name] if name in TECHNIQUES else [name]].unstack("lr")
         wide[name] = grid[sorted(means[name].index.unique("lr"))]
-    widths = [grid.shape[1] for grid in wide.values()]
-    rows = [(part, 1.6) for part in (widths[:3], widths[3:]) if part]  # of A, of D
-    figure, axes = _panels(axes, *rows)
+    widths = [grid.shape[1] for grid in wide.values()]  # of A, then of D
+    figure, axes = _panels(axes, *[(part, 1.6) for part in (widths[:3], widths[3:]) if part])
     for ax, (name, grid) in zip(axes, wide.items()):
         ax.imshow(grid, cmap="cividis", vmin=90, vmax=92.4, origin="lower", aspect="auto")
-        for (y, x), value in np.ndenumerate(grid):
-            if math.isnan(value):
-                continue
+        for y, x in np.argwhere(grid.notna()):
+            value = grid.iat[y, x]
             color = "black" if value > 91.4 else "white"
             ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
             if value >= best[grid.index[y][0]] - band:
                 width = 2.2 if (*grid.index[y], grid.columns[x]) in chosen else 0.6
                 ax.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, lw=width))
-        levels = []
-        for _, p, decay, norm in grid.index:
-            words = [f"p {p:g}"] * (p > 0) + [f"λ {decay:g}"] * (decay > 0)
-            levels.append("\n".join(words) or ("on" if norm else "off"))
+        levels = ["\n".join([f"p {p:g}"] * (p > 0) + [f"λ {decay:g}"] * (decay > 0))
+                  or ("on" if norm else "off") for _, p, decay, norm in grid.index]  # fmt: skip
         rates = [f"{lr:g}".lstrip("0") for lr in grid]
-        ax.set(xticks=range(len(rates)), xticklabels=rates, yticks=range(len(levels)),
-               yticklabels=levels, title=SETTINGS[name].label, xlabel="learning rate")  # fmt: skip
-        ax.tick_params(length=0, labelsize=7)
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
+        ax.set_xticks(range(len(rates)), rates)
+        ax.set_yticks(range(len(levels)), levels)
+        ax.set(title=SETTINGS[name].label, xlabel="learning rate", frame_on=False)
+        ax.tick_params(length=0, labelsize=7, grid_alpha=0)
     return figure
 
 
 def plot_choices(table: pd.DataFrame, axes=None):
-    """What rules 2 and 3 saw. Left: validation accuracy of each alternative at its best rate
-    minus that of the fixed choice at its own, in points: seeds as dots, means as bars, the band
-    of noise in grey. Right: by the number of epochs, at the chosen values. table: the study."""
+    """What rules 2 and 3 saw in the study. Left: alternatives, in points: seeds as dots, means as
+    bars, the band of noise in grey. Right: validation accuracy by the number of epochs."""
     figure, (left, right) = _panels(axes, ([1, 1], 2.1))
-    differences, band = 100 * alternatives(table), 100 * noise_band(table)
+    differences, band = 100 * alternatives(table)[::-1], 100 * noise_band(table)
     left.axvspan(-band, band, color="0.85", lw=0)
-    for y, row in enumerate(differences.iloc[::-1].to_numpy()):
+    for y, row in enumerate(differences.to_numpy()):
         _dots(left, row, y, "black")
-    left.set_yticks(range(len(differences)), differences.index[::-1])
+    left.set_yticks(range(len(differences)), differences.index)
     left.set(title="One choice changed", xlabel="validation accuracy, difference in points")
     ends, styles = [], _styles(table.assign(label=table.setting.map(lambda n: SETTINGS[n].label)))
     for name, runs in lengths(table).groupby("setting"):
         means = 100 * runs.groupby("epochs").val_accuracy.mean()
         label, color = styles[name]
         right.plot(runs.epochs, 100 * runs.val_accuracy, "o", color=color, ms=2, alpha=0.6)
-        right.plot(means, color=color)
+        right.semilogx(means, color=color, base=2)
         ends.append((means.iloc[-1], label, color))
-    right.set_xscale("log", base=2)
     right.set_xticks([8, 16, 32], [8, 16, 32])
     right.set(title="Length", xlabel="epochs", ylabel="validation accuracy (%)")
     _label_ends(right, ends)
@@ -1345,26 +1249,22 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
     seeds in a band from the least to the greatest; then the means on test together.
     history: as collect gives it. names: of the settings to show, by default all there are."""
     styles, ends = _styles(history, names), []
-    rows = math.ceil((len(styles) + 1) / 3)
-    figure, axes = _panels(axes, *rows * [([1, 1, 1], 1.7)])
+    curves = 100 * history.groupby(["setting", "split", "epoch"]).accuracy.agg(
+        mean="mean", low="min", high="max")  # fmt: skip
+    epochs = {"xlabel": "epoch", "xticks": [1, *range(4, max(history.epoch) + 1, 4)]}
+    figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.7)])
     last = axes[len(styles)]
     for ax, (name, (label, color)) in zip(axes, styles.items()):
-        runs = 100 * history[history.setting == name].pivot(
-            index="epoch", columns=["split", "seed"], values="accuracy")  # fmt: skip
         for split, style in (("train", "--"), ("test", "-")):
-            means = runs[split].mean(axis=1)
-            line = {"color": color, "ls": style, "marker": "o" if len(means) == 1 else None}
-            ax.plot(means, label=split, **line)
-            ax.fill_between(runs.index, runs[split].min(axis=1), runs[split].max(axis=1),
-                            color=color, alpha=0.25, lw=0)  # fmt: skip
-        last.plot(means, **line)
-        ends.append((means.iloc[-1], label, color))
-        ax.set(title=label, ylim=(78, 100), xlabel="epoch", ylabel="accuracy (%)")
+            curve = curves.loc[name, split]
+            line = {"color": color, "ls": style, "marker": "o" if len(curve) == 1 else None}
+            ax.plot(curve["mean"], label=split, **line)
+            ax.fill_between(curve.index, curve.low, curve.high, color=color, alpha=0.25, lw=0)
+        last.plot(curve["mean"], **line)
+        ends.append((curve["mean"].iloc[-1], label, color))
+        ax.set(title=label, ylim=(78, 100), ylabel="accuracy (%)", **epochs)
         ax.legend(loc="lower right")
-    for ax in axes[: len(styles) + 1]:
-        ax.set_xticks([1, *range(4, max(history.epoch) + 1, 4)])
-    low = min(y for y, *_ in ends)
-    last.set(title="Test, means", ylim=(low - 4, max(ends)[0] + 0.6), xlabel="epoch")
+    last.set(title="Test, means", ylim=(min(ends)[0] - 4, max(ends)[0] + 0.6), **epochs)
     _label_ends(last, ends)
     for ax in axes[len(styles) + 1 :]:
         ax.set_axis_off()
@@ -1383,7 +1283,7 @@ def plot_results(results: pd.DataFrame, axes=None):
         test, train = runs.mean()
         left.plot(runs.test_accuracy, [y - 0.17] * len(runs), "o", color=color, ms=3, alpha=0.6)
         left.errorbar(test, y + 0.17, xerr=half, fmt="|", color=color, elinewidth=2.5, ms=7)
-        left.annotate(f"{test:.2f}", (test + (half if half == half else 0), y + 0.17), (3, 0),
+        left.annotate(f"{test:.2f}", (test + np.nan_to_num(half), y + 0.17), (3, 0),
                       textcoords="offset points", color=color, fontsize=7, va="center")  # fmt: skip
         right.plot([test, train], [y, y], color=color, lw=3, alpha=0.5)
         right.plot(runs, [[y, y]] * len(runs), ".", color=color, ms=3)
@@ -1398,22 +1298,18 @@ def plot_results(results: pd.DataFrame, axes=None):
 
 def plot_additivity(results: pd.DataFrame, axes=None):
     """Does a technique bring the same where others are on? A panel for each: what it adds to the
-    test accuracy of each setting without it, in points, and as a line its main effect, the mean
-    of the four. Last, the sum of the three single gains and the gain of all three. With 95 %
-    intervals. results: of the factorial, as collect gives them."""
+    test accuracy of each setting without it, in points, and as a line the mean of the four. Last,
+    the sum of the single gains and the gain of all three. With the intervals of effects."""
     table = 100 * effects(results)
-    letters = {technique: SETTINGS[technique].label[0] for technique in TECHNIQUES}
+    on = {name: [SETTINGS[other].label[0] for other in TECHNIQUES if getattr(setting, other)]
+          for name, setting in SETTINGS.items()}  # fmt: skip
     figure, axes = _panels(axes, ([4, 4, 4, 2], 1.9), sharey=True)
     for ax, technique in zip(axes, TECHNIQUES):
         rows = table[table.index.str.startswith(f"{technique} over ")]
-        ticks = []
-        for name in rows.index.str.split(" over ").str[1]:
-            on = [letters[other] for other in TECHNIQUES if getattr(SETTINGS[name], other)]
-            ticks.append("+".join(on) or "none")
-        _, color = _styles(results)[technique]
+        ticks = ["+".join(on[words.split()[-1]]) or "none" for words in rows.index]
+        label, color = SETTINGS[technique].label, _styles(results)[technique][1]
         ax.axhline(table.effect[technique], color=color, lw=1)
         ax.errorbar(ticks, rows.effect, yerr=rows.half, fmt="o", color=color, ms=4)
-        label = SETTINGS[technique].label
         ax.set(title=f"{label} ({label[0]})", xlabel="others that are on", xlim=(-0.5, 3.5))
     total = table.loc[["sum of single gains", "gain of all three"]]
     axes[3].errorbar(["sum", "all"], total.effect, yerr=total.half, fmt="o", color="0.3", ms=4)
@@ -1433,22 +1329,23 @@ def examine(runs, split: Split) -> pd.DataFrame:
         probability, answer = compute_logits(run.model, split.images).softmax(1).max(1)
         row = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
         row["confidence"] = probability[answer != labels].mean().item()
-        weights = {name: layer.weight for name, layer in run.model.layers.named_children()
-                   if isinstance(layer, (nn.Conv2d, nn.Linear))}  # fmt: skip
-        rows.append(row | {name: weight.norm().item() for name, weight in weights.items()})
+        for name, layer in run.model.layers.named_children():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                row[name] = layer.weight.norm().item()
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def plot_why(history, inside, table, names=None, axes=None):
-    """Four looks at overfitting, means over the seeds. Loss on test against loss on train, epoch
-    by epoch; validation against train accuracy after 8, 16 and 32 epochs, where the learning rate
-    has come to zero; norms of weights by layer; confidence in wrong answers, seeds as dots.
-    history: as collect gives it; inside: as examine does; table: the study."""
+    """Four looks at overfitting, means over the seeds: losses, epoch by epoch; accuracies where
+    the learning rate has come to zero; norms of weights; confidence in wrong answers, seeds as
+    dots. history: as collect gives it; inside: as examine does; table: the study."""
     styles = _styles(inside, names)
     figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 2.1), ([1, 1], 2.1))
     curves = history.groupby(["setting", "split", "epoch"]).loss.mean()
     length = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
     layers = inside.columns[inside.columns.get_loc("confidence") + 1 :]
+    sure.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
     for y, (name, (_, color)) in enumerate(styles.items()):
         train, test = curves[name, "train"], curves[name, "test"]
         losses.plot(train, test, color=color)
@@ -1459,18 +1356,15 @@ def plot_why(history, inside, table, names=None, axes=None):
         own = inside[inside.setting == name]
         norms.plot(layers, own[layers].mean(), "o-", color=color, ms=3)
         _dots(sure, 100 * own.confidence, y, color)
+        sure.get_yticklabels()[y].set_color(color)
     right = 0.9 * curves.xs("train", level="split").min()
-    losses.set(xscale="log", xlim=(0.45, right), ylim=(None, 0.42))
+    losses.set(xscale="log", xlim=(0.45, right), ylim=(None, 0.42), ylabel="loss on test")
     losses.set_xticks(ticks := [x for x in (0.4, 0.2, 0.1, 0.05, 0.025) if x > right], ticks)
     losses.minorticks_off()
-    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)",
-               ylabel="loss on test")  # fmt: skip
+    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)")
     fits.set(title="At equal fit: 8, 16, 32 epochs", xlabel="train accuracy (%)",
              ylabel="validation accuracy (%)")  # fmt: skip
     norms.set(title="Norm of each layer's weights", ylim=(0, None))
-    sure.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
-    for text, (_, color) in zip(sure.get_yticklabels(), styles.values()):
-        text.set_color(color)
     sure.set(title="Confidence in wrong answers (%)", ylim=(len(styles) - 0.5, -0.5))
     return figure
 
@@ -1482,10 +1376,11 @@ def plot_errors(model: nn.Module, split: Split, axes=None):
     matrix = confusion_matrix(model, split)
     shares = 100 * matrix.div(matrix.sum(axis=1), axis=0)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.5:
-            text = {"color": "white" if share > 18 else "black", "fontsize": 7}
-            left.text(column, row, f"{share:.0f}", ha="center", va="center", **text)
+    for y, x in np.argwhere(shares >= 0.5):
+        color = "white" if shares.iat[y, x] > 18 else "black"
+        left.text(
+            x, y, f"{shares.iat[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color
+        )
     left.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", fontsize=7)
     left.set_yticks(range(len(CLASSES)), CLASSES, fontsize=7)
     left.set(xlabel="predicted class", ylabel="true class")
@@ -1498,17 +1393,10 @@ def plot_errors(model: nn.Module, split: Split, axes=None):
     return figure
 
 
-def __dir__() -> list[str]:
-    return __all__
-
-
-# What is defined here, and not what is imported, is the interface.
-__all__ = sorted(
-    name
-    for name, value in list(globals().items())
-    if name[0] != "_"
-    and ((name.isupper() and name != "F") or __name__ == getattr(value, "__module__", 0))
-)
+# The interface is what is defined here, not what is imported.
+__all__ = sorted(name for name, value in globals().items() if name[0] != "_" and (
+    (name.isupper() and name != "F") or getattr(value, "__module__", 0) == __name__))  # fmt: skip
+__dir__ = __all__.copy
 
 if __name__ == "__main__":
     sys.exit(main())
