@@ -22,12 +22,9 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = {name: replace(row, lr=0.08) for name, row in dl.SETTINGS.items()}  # for small data
 RAW, REAL_FILES = ROOT / "data/FashionMNIST/raw", dl.DATA_FILES
 
-
-@pytest.fixture(autouse=True, scope="session")
-def same_conditions_everywhere():
-    torch.set_num_threads(1)
-    # A shell starts background jobs deaf to Ctrl-C, and their children would be so too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(1)
+# A shell starts background jobs deaf to Ctrl-C, and their children would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

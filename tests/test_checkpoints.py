@@ -1,7 +1,7 @@
 """Checkpoints: whole or not at all, and nothing silently wrong comes out of one."""
 
-import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -42,15 +42,6 @@ def test_what_is_saved_comes_back_in_plain_types_and_draws_nothing(trained, spli
     assert payload["versions"]["cpu"] == torch.backends.cpu.get_cpu_capability()
 
 
-def saved(thing):
-    torch.save(thing, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-def altered(path, **change):
-    return saved(torch.load(path, weights_only=True) | change)
-
-
 class Bomb:
     def __reduce__(self):
         return pytest.fail, ("code from the file was run",)
@@ -59,25 +50,23 @@ class Bomb:
 CASES = {
     "is damaged, or no zip file": lambda good: good.read_bytes()[:100_000],
     "is damaged, or no zip file as torch.save writes": lambda good: b"accuracy: 99 %\n" * 50,
-    "holds Python objects, whose code is not run; .*state_dict": lambda good: saved(Bomb()),
-    "neither a checkpoint .* nor a state dict": lambda good: saved({"epoch": 3}),
-    "has version 1 of its format, not 2": lambda good: altered(good, version=1),
-    r"are not those of this LeNet-5 \(.*Missing key.*conv1":
-        lambda good: saved(nn.Linear(784, 10).state_dict()),
-    "epochs is 0; expected a whole number >= 1": lambda good: altered(good, config={"epochs": 0}),
-    "mixup": lambda good: altered(good, setting={"mixup": 1}),  # of a later version
-}  # fmt: skip
+    "holds Python objects, whose code is not run; .*state_dict": lambda good: Bomb(),
+    "neither a checkpoint .* nor a state dict": lambda good: {"epoch": 3},
+    "has version 1 of its format, not 2": lambda good: torch.load(good) | {"version": 1},
+    r"not those of this LeNet-5 \(.*Missing key.*conv1": lambda good: nn.Linear(9, 9).state_dict(),
+    "epochs is 0; expected a whole nu": lambda good: torch.load(good) | {"config": {"epochs": 0}},
+    "mixup": lambda good: torch.load(good) | {"setting": {"mixup": 1}},  # of a later version
+}
 
 
 @pytest.mark.parametrize("sentence", CASES)
 def test_an_unusable_file_is_named_with_its_cause_and_kept(good, tmp_path, capsys, sentence):
-    path, data = tmp_path / "bad.pt", CASES[sentence](good)
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"bad.pt is not usable: .*{sentence}"):
-        dl.load_checkpoint(path)
+    path, bad = tmp_path / "bad.pt", CASES[sentence](good)
+    path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
+    data = path.read_bytes()
     assert dl.main(["test", str(path)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("dl_utils.py: ") and err.count("\n") == 1
+    assert re.match(f"dl_utils.py: .*bad.pt is not usable: .*{sentence}.*\n$", err) and not out
     assert not {"delete", "overwrite", "remove"} & {*err.split()}
     assert path.read_bytes() == data
     assert [p.name for p in tmp_path.iterdir()] == ["bad.pt"]
@@ -131,16 +120,14 @@ def test_a_full_disk_names_the_file_and_loses_nothing(trained, tmp_path, monkeyp
 # The children are forked by a process of its own, which has loaded torch once and holds no
 # other threads.
 KILLS = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, timeit
 import torch, dl_utils as dl
 torch.set_num_threads(1)  # those of OpenMP would not be in a forked child
 checkpoint, path = dl.load_checkpoint(sys.argv[1]), sys.argv[2]
 dl.save_checkpoint(path, checkpoint)  # the first time takes longer
-start, written = time.perf_counter(), 0
-for _ in range(4):
-    dl.save_checkpoint(path, checkpoint)
-once = (time.perf_counter() - start) / 4
+once = sum(timeit.repeat(lambda: dl.save_checkpoint(path, checkpoint), number=1)) / 5
 random.seed(0)
+written = 0
 for _ in range(30):
     os.utime(path, (1, 1))
     child = os.fork()

@@ -49,12 +49,8 @@ def study():
     return pd.DataFrame(rows)
 
 
-def texts(ax):
-    return [text.get_text() for text in ax.texts]
-
-
-def ticks(labels):
-    return [text.get_text() for text in labels]
+def words(texts):
+    return [text.get_text() for text in texts]
 
 
 def test_the_summary_has_the_first_seed_and_mean_and_deviation_of_all(tables):
@@ -83,11 +79,11 @@ def test_examples_show_each_class_and_the_diagram_the_shapes(splits):
     titles = [ax.get_title() for ax in dl.plot_examples(splits["train"]).axes]
     assert titles == list(dl.CLASSES)
     ax = dl.plot_architecture(dl.build_model(dl.SETTINGS["combined"])).axes[0]
-    assert [text.replace("\n", " ") for text in texts(ax)[::2]] == [
+    assert [text.replace("\n", " ") for text in words(ax.texts)[::2]] == [
         "1 map 28 × 28", "6 maps 28 × 28", "6 maps 14 × 14", "16 maps 10 × 10",
         "16 maps 5 × 5", "120 units", "84 units", "10 units",
     ]  # fmt: skip
-    assert "48,120" in texts(ax)[11] and len(ax.patches) == 1 + 6 + 6 + 16 + 16 + 3
+    assert "48,120" in words(ax.texts)[11] and len(ax.patches) == 1 + 6 + 6 + 16 + 16 + 3
 
 
 def test_convergence_draws_means_and_extremes_of_all_seeds(tables):
@@ -102,18 +98,21 @@ def test_convergence_draws_means_and_extremes_of_all_seeds(tables):
         low, high = band.get_datalim(ax.transData).intervaly
         ends = own.loc[split].to_numpy()
         assert (low, high) == pytest.approx((ends.min(), ends.max()))
-    assert sorted(texts(figure.axes[5])) == sorted(LABELS)
+    assert sorted(words(figure.axes[5].texts)) == sorted(LABELS)
+    with pytest.raises(ValueError, match="the table lacks strong"):
+        dl.plot_convergence(history, ["strong"])
 
 
-def test_results_draw_each_run_and_bars_of_the_least_difference(tables):
+def test_results_draw_each_run_and_bars_of_the_least_difference_into_axes_given(tables):
     results, _ = tables
-    left, right = dl.plot_results(results).axes
+    left, right = axes = Figure().subplots(1, 2)
+    assert dl.plot_results(results, axes=axes) is left.figure
     own = 100 * results[results.setting == "weight_decay"].select_dtypes("number")
     assert list(left.lines[2 * 2].get_xdata()) == list(own.test_accuracy)
     bar = left.collections[2].get_segments()[0][:, 0]
     assert bar[1] - bar[0] == pytest.approx(100 * dl.least_difference(results))
-    assert texts(left)[2] == f"{own.test_accuracy.mean():.2f}"
-    assert texts(right)[2] == f"{(own.train_accuracy - own.test_accuracy).mean():.1f}"
+    assert words(left.texts)[2] == f"{own.test_accuracy.mean():.2f}"
+    assert words(right.texts)[2] == f"{(own.train_accuracy - own.test_accuracy).mean():.1f}"
 
 
 def test_additivity_draws_the_effects(tables):
@@ -122,7 +121,7 @@ def test_additivity_draws_the_effects(tables):
     titles = [ax.get_title() for ax in axes[:3]]
     assert titles == ["Dropout (D)", "Weight decay (W)", "Batch norm (B)"]
     for ax, name in zip(axes, dl.TECHNIQUES):
-        others = ticks(ax.get_xticklabels())
+        others = words(ax.get_xticklabels())
         assert others[0] == "none" and others[3].count("+") == 1
         assert ax.lines[0].get_ydata()[0] == effect[name]
     points = axes[1].lines[1].get_ydata()
@@ -135,10 +134,10 @@ def test_grids_show_every_mean_and_frame_what_was_chosen_and_what_is_as_good(stu
     figure, ofs = dl.plot_grids(study), study[(study.setting == "dropout") & (study.part == "A")]
     assert [ax.get_title() for ax in figure.axes] == [row.label for row in dl.SETTINGS.values()][1:]
     ax, means = figure.axes[0], 100 * ofs.groupby("lr").val_accuracy.mean()
-    assert texts(ax)[-2:] == [f"{mean:.1f}" for mean in means]
+    assert words(ax.texts)[-2:] == [f"{mean:.1f}" for mean in means]
     thick = [patch for patch in ax.patches if patch.get_linewidth() > 1]
     assert len(thick) == 2 and thick[1].get_x() == pytest.approx(0.57)  # none's, the higher rate
-    assert ticks(ax.get_yticklabels()) == ["off", f"p {dl.SETTINGS['dropout'].dropout:g}"]
+    assert words(ax.get_yticklabels()) == ["off", f"p {dl.SETTINGS['dropout'].dropout:g}"]
     framed = [patch for patch in ax.patches if patch.get_y() > 0.5]
     assert len(framed) == sum(means >= means.max() - 100 * dl.noise_band(study))
 
@@ -154,7 +153,7 @@ def test_alternatives_are_compared_at_their_best_rate_seed_by_seed(study):
     assert list(left.lines[0].get_xdata()) == pytest.approx(list(100 * expected))
     width = left.patches[0].get_extents().width / left.transData.get_matrix()[0, 0]
     assert width == pytest.approx(200 * dl.noise_band(study))
-    assert sorted(texts(right)) == sorted(LABELS)
+    assert sorted(words(right.texts)) == sorted(LABELS)
     lengths = dl.lengths(study)
     assert set(lengths.epochs) == {8, 16, 32} and set(lengths.setting) == set(FIVE)
 
@@ -176,7 +175,7 @@ def test_why_draws_what_is_inside_the_models(runs, tables, splits, study):
     assert len(fits.lines) == 5
     conv1 = inside[inside.setting == "baseline"].conv1.mean()
     assert norms.lines[0].get_ydata()[0] == pytest.approx(conv1)
-    assert ticks(sure.get_yticklabels()) == LABELS
+    assert words(sure.get_yticklabels()) == LABELS
 
 
 def test_errors_are_shares_of_each_true_class_and_the_most_confident_mistakes(trained, splits):
@@ -204,10 +203,10 @@ def test_own_settings_and_a_ninth_row_are_everywhere(runs, tables, splits, study
         monkeypatch.setattr(dl, "SETTINGS", dl.SETTINGS | rows)
         assert own.label in list(dl.summary_table(results).setting)
         figure = dl.plot_convergence(history)
-        assert figure.axes[8].get_title() == own.label and own.label in texts(figure.axes[9])
-        assert ticks(dl.plot_results(results).axes[0].get_yticklabels())[-1] == own.label
+        assert figure.axes[8].get_title() == own.label and own.label in words(figure.axes[9].texts)
+        assert words(dl.plot_results(results).axes[0].get_yticklabels())[-1] == own.label
         sure = dl.plot_why(history, inside, study).axes[3]
-        assert ticks(sure.get_yticklabels())[-1] == own.label
+        assert words(sure.get_yticklabels())[-1] == own.label
         assert len({color for _, color in dl._styles(results).values()}) == 9
         dl.plot_additivity(results)
     many = [one[1].assign(setting=f"s{n}", label=f"S {n}") for n in range(20)]
@@ -222,12 +221,3 @@ def test_one_seed_is_drawn_as_dots_without_intervals(tables):
                        dl.plot_convergence(history)):  # fmt: skip
             figure.canvas.draw()
     assert np.isnan(dl.least_difference(results)) and dl.effects(results).half.isna().all()
-
-
-def test_plots_draw_into_given_axes_and_say_what_they_lack(tables):
-    results, history = tables
-    axes = Figure().subplots(1, 2)
-    assert dl.plot_results(results, axes=axes) is axes[0].figure and axes[0].lines
-    assert dl.plot_convergence(history, ["dropout"], axes=axes) is axes[0].figure
-    with pytest.raises(ValueError, match="the table lacks strong"):
-        dl.plot_convergence(history, ["strong"])

@@ -1,12 +1,14 @@
 """Folders of runs and tables of a study: what is finished stays, what lacks is run, whatever
 is killed meanwhile."""
 
+import contextlib
 import os
 import re
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -60,12 +62,9 @@ def processes(session):
     """Processes of a session that still run, by /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(OSError):
             state, _, _, sid = path.read_text().rsplit(")", 1)[1].split()[:4]
-        except OSError:
-            continue
-        if int(sid) == session and state != "Z":
-            found.append(path.parent)
+            found += [path.parent] if int(sid) == session and state != "Z" else []
     return found
 
 
@@ -139,13 +138,10 @@ def plan(path, *rates):
 
 
 def test_a_search_records_what_train_gives_and_has_no_test_split(tiny, tmp_path, one, monkeypatch):
-    def record(setting, splits, *config, **options):
-        given.append([*splits])
-        return train(setting, splits, *config, **options)
-
-    path, given = plan(tmp_path / "plan.csv", 0.01, 1e6), []
-    monkeypatch.setattr(dl, "train", record)
+    path = plan(tmp_path / "plan.csv", 0.01, 1e6)
+    monkeypatch.setattr(dl, "train", spy := mock.Mock(side_effect=train))
     table = dl.search(path, one, root=tiny)
+    given = [[*call.args[1]] for call in spy.call_args_list]
     assert given == 2 * [["train", "val"]], "a search can reach test data"
     splits, config = dl.load_fashion_mnist(tiny, 101), TrainConfig(8, 16, 101)
     alone = train(Setting("dropout", "d", 0.1, lr=0.01), splits, config)
