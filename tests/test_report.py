@@ -44,8 +44,7 @@ def study():
         for epochs, accuracy in ((8, 0.90), (32, 0.92)) if name in FIVE else ():
             rows += study_rows(accuracy + rng.normal(0, 0.001, 3), "C", **base, epochs=epochs)
     for lr in (0.1, 0.2):
-        accuracies = np.array([0.90, 0.91, 0.92]) - lr / 100
-        rows += study_rows(accuracies, "B", pooling="average", lr=lr)
+        rows += study_rows(np.array([0.90, 0.91, 0.92]) - lr / 100, "B", pooling="average", lr=lr)
     return pd.DataFrame(rows)
 
 
@@ -76,8 +75,7 @@ def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
 
 
 def test_examples_show_each_class_and_the_diagram_the_shapes(splits):
-    titles = [ax.get_title() for ax in dl.plot_examples(splits["train"]).axes]
-    assert titles == list(dl.CLASSES)
+    assert [ax.get_title() for ax in dl.plot_examples(splits["train"]).axes] == [*dl.CLASSES]
     ax = dl.plot_architecture(dl.build_model(dl.SETTINGS["combined"])).axes[0]
     assert [text.replace("\n", " ") for text in words(ax.texts)[::2]] == [
         "1 map 28 × 28", "6 maps 28 × 28", "6 maps 14 × 14", "16 maps 10 × 10",

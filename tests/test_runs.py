@@ -186,9 +186,7 @@ def test_the_recorded_study_has_three_seeds_of_every_configuration():
     for _, cell in study.groupby(["part", *dl.CELL]):
         assert sorted(cell.seed) == [101, 102, 103]
     assert not study.duplicated(dl.FIELDS).any(), "a run stands twice"
-    done = study.dropna()
-    assert (done.val_accuracy.between(0.05, 1) & done.train_accuracy.between(0.05, 1)).all()
-    hits = 5000 * done.val_accuracy
+    hits = 5000 * study.val_accuracy.dropna()
     assert ((hits - hits.round()).abs() < 1e-6).all(), "not an accuracy on 5,000 images"
 
 

@@ -61,8 +61,7 @@ def test_effects_of_the_factorial_are_what_went_in_with_intervals_as_wide_as_the
             assert effect[f"{name} over {before}"] == pytest.approx(gain)
     total = effect[[f"{name} over baseline" for name in dl.TECHNIQUES]].sum()
     assert effect["sum of single gains"] == pytest.approx(total)
-    gain = (table.combined - table.baseline).mean()
-    assert effect["gain of all three"] == pytest.approx(gain)
+    assert effect["gain of all three"] == pytest.approx((table.combined - table.baseline).mean())
     more = [effect[f"{W} over {name}"] for name in (B, f"{D}_{B}", "baseline", D)]
     assert effect[f"{W} and {B}"] == pytest.approx((more[0] + more[1] - more[2] - more[3]) / 2)
     assert abs(effect[f"{W} and {B}"] + 0.002) < half[f"{W} and {B}"], "the truth is outside"

@@ -61,12 +61,10 @@ def test_parameter_count_of_question_2_is_that_of_real_layers():
 
 def test_final_answers_hold_only_what_is_allowed():
     """Looks at what stands after the last equals sign of each answer."""
-    text = THEORY.split("### Question 3")[1]
-    parts = re.split(r"^\*\*([a-f])\.\*\*", text, flags=re.M)[1:]
+    parts = re.split(r"(?m)^\*\*([a-f])\.\*\*", THEORY.split("### Question 3")[1])[1:]
     for letter, part in zip(parts[::2], parts[1::2]):
         formulas = re.findall(r"\$\$(.+?)\$\$", part, flags=re.S)
-        formula = formulas[-1] if letter == "f" else formulas[0]
-        answer = formula.split("=")[-1]
+        answer = formulas[-1 if letter == "f" else 0].split("=")[-1]
         found = set(re.findall(r"\\partial f}{\\partial (.+?)}[ \n$\\)]", answer + " "))
         allowed = {"y_i", "y_j"} | (set() if letter == "f" else {r"\hat{x}_i", r"\hat{x"})
         assert found and found <= allowed, letter
