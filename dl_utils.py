@@ -380,7 +380,8 @@ def read_data_files(root=None) -> list[Tensor]:
         paths = [*folder.glob(name), *folder.glob(f"{name}.gz")]
         content = next(filter(None, (_unpack(path.read_bytes(), name) for path in paths)), None)
         if paths and not content:
-            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; move it away")
+            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; put the "
+                             "original there, or move it away: it is downloaded")  # fmt: skip
         content = content or _download(folder, name)
         header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
         tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(-1, *shape))
@@ -636,8 +637,8 @@ def _ignore_sigint():
 @contextlib.contextmanager
 def _processes(count: int, bar: tqdm):
     """A pool of spawned processes. They hold one end of a pipe and exit when the other end is
-    closed: by this process, or by the system, however this process ends. Through a second pipe
-    they send a byte for each epoch (no queue: its lock may die with them)."""
+    closed: by this process, after an exception, or by the system, however this process ends.
+    Through a second pipe they send a byte for each epoch (no queue: its lock may die with them)."""
     spawn = multiprocessing.get_context("spawn")
     (lifeline, held), (received, epochs) = spawn.Pipe(duplex=False), spawn.Pipe(duplex=False)
 
@@ -651,8 +652,10 @@ def _processes(count: int, bar: tqdm):
     counter.start()
     try:
         yield pool
+    except BaseException:
+        held.close()
+        raise
     finally:
-        held.close()  # ends what still runs
         pool.shutdown(cancel_futures=True)
         epochs.close()
         counter.join()
@@ -872,7 +875,7 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
     on = pd.DataFrame(SETTINGS.values(), [*SETTINGS])[[*TECHNIQUES]].astype(bool).drop_duplicates()
     if len(on) < 8:
         raise ValueError(f"SETTINGS have {len(on)} combinations of the techniques; expected all 8")
-    table, sign, count = table[on.index], 2.0 * on - 1, on.sum(axis=1)
+    table, sign, count = table[on.index].dropna(), 2.0 * on - 1, on.sum(axis=1)
     weights = sign / 4
     for one, other in combinations(TECHNIQUES, 2):
         weights[f"{one} and {other}"] = sign[one] * sign[other] / 2
