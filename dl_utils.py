@@ -770,7 +770,8 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
     or another search is running on it, and, before any run, ValueError where it is no such table.
     """
     path = Path(path)
-    path.stat()  # or the lock would make the folder of what is missing
+    if not path.exists():  # the lock would make its folder
+        raise FileNotFoundError(f"{path} does not exist")
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=0))
@@ -783,9 +784,11 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not the table of a study: {error}") from error
 
-        def record(index: int, run: Checkpoint | None) -> None:  # None has diverged
-            accuracies = [run.metrics[name].accuracy for name in ("val", "train")] if run else []
-            table.loc[todo[index], OUTCOME] = [*accuracies, run.seconds] if run else [0.1, 0.1, 0.0]
+        def record(index: int, run: Checkpoint | None) -> None:
+            outcome = [0.1, 0.1, 0.0]  # of a run that diverged
+            if run:
+                outcome = [run.metrics["val"].accuracy, run.metrics["train"].accuracy, run.seconds]
+            table.loc[todo[index], OUTCOME] = outcome
             write_file(path, table.to_csv(index=False, lineterminator="\n").encode())
 
         given = {"split_names": ("train", "val"), "every_epoch": False, "on_finish": record}
@@ -1184,8 +1187,8 @@ def plot_architecture(model: LeNet5, axes=None):
         text = {"x": x + whole / 2, "ha": "center", "fontsize": 7, "in_layout": False}
         ax.text(y=23, s=size.replace("1 maps", "1 map"), va="bottom", **text)
         ax.text(y=-23, s=f"{name}\n{parameters:,}" if parameters else name, va="top", **text)
-        x += max(whole, 14) + 10
-    ax.set(xlim=(-1, x - 9), ylim=(-37, 32), aspect="equal")
+        x += max(whole, 19) + 9
+    ax.set(xlim=(-1, x - 9), ylim=(-40, 34), aspect="equal")
     ax.set_axis_off()
     return figure
 

@@ -93,3 +93,44 @@ def test_tables_in_the_notebook_are_those_of_the_files(results):
         cells = [dl.SETTINGS[name].label, *means]
         assert f"| {' | '.join(cells)} |" in README
         assert any(f"| {means[0]} | {means[2]} |" in text for text in SHOWN)
+
+
+def test_every_choice_in_settings_follows_from_the_study_by_its_rules(study):
+    best = dl.best_cells(study)
+    for name, setting in dl.SETTINGS.items():
+        assert list(best.loc[name, dl.STRENGTHS]) == [getattr(setting, key) for key in dl.STRENGTHS]
+    fixed = best[[name for name in dl.SHARED if name != "seed"]].drop_duplicates()
+    assert [*map(vars(dl.TrainConfig()).get, fixed)] == fixed.to_numpy().tolist()[0] and len(
+        fixed
+    ) == 1
+    assert (dl.alternatives(study).mean(axis=1) < dl.noise_band(study)).all(), "rule 2"
+
+
+def test_a_best_cell_lies_within_its_grid_or_the_grid_was_extended_twice(study):
+    best = dl.best_cells(study)
+    rates = {
+        "baseline": (0.01, 0.32),
+        "batch_norm": (0.01, 0.32),
+        "dropout": (0.01, 0.08),
+        "weight_decay": (0.04, 0.32),
+    }  # the windows of A
+    for name, setting in dl.SETTINGS.items():
+        grid, chosen = study[(study.setting == name) & study.part.isin(["A", "D"])], best.loc[name]
+        strengths = {"dropout": 0.5, "weight_decay": 0.002}
+        if name not in rates:  # D: the best of A, of two techniques the higher, of three the middle
+            middle = sorted(best.lr[key] for key in dl.TECHNIQUES if getattr(setting, key))[1]
+            rates[name] = middle / 2, 2 * middle
+            strengths = {key: best.loc[key, key] for key in strengths}
+        low, high = rates[name]
+        assert grid.lr.min() < chosen.lr < grid.lr.max() or chosen.lr in (low / 4, 4 * high), name
+        for key, most in strengths.items():
+            assert not chosen[key] or chosen[key] < grid[key].max() or chosen[key] == 4 * most, name
+
+
+def test_the_study_is_complete_and_final_runs_are_others(study, results):
+    assert study.val_accuracy.notna().all() and set(study.seed) == {101, 102, 103}
+    assert len(results) == 64 and set(results.seed) == set(range(8))
+    derived, _ = dl.collect(ROOT / "weights")
+    assert derived.equals(results), "python dl_utils.py collect weights"
+    epochs = {run.config.epochs for run in dl.load_runs(ROOT / "weights")}
+    assert epochs == {dl.TrainConfig().epochs}
