@@ -107,12 +107,12 @@ class TrainConfig:
 SETTINGS = {setting.name: setting for setting in (
     Setting("baseline", "No regularization", lr=0.04),
     Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
-    Setting("weight_decay", "Weight decay", weight_decay=1e-3, lr=0.08),
+    Setting("weight_decay", "Weight decay", weight_decay=0.001, lr=0.08),
     Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
-    Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 1e-3, lr=0.08),
-    Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0, True, lr=0.08),
-    Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0, 1e-3, True, lr=0.08),
-    Setting("combined", "All three", 0.1, 1e-3, True, lr=0.08),
+    Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 0.001, lr=0.08),
+    Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0.0, True, lr=0.64),
+    Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0.0, 0.001, True, lr=0.32),
+    Setting("combined", "All three", 0.2, 0.002, True, lr=0.04),
 )}  # fmt: skip
 
 # ---------------------------------------------------------------------------------- data
