@@ -1222,7 +1222,8 @@ def plot_grids(table: pd.DataFrame, axes=None):
         rates = [f"{lr:g}".lstrip("0") for lr in grid]
         ax.set_xticks(range(len(rates)), rates)
         ax.set_yticks(range(len(levels)), levels)
-        ax.set(title=SETTINGS[name].label, xlabel="learning rate", frame_on=False)
+        title = SETTINGS[name].label.replace(" + ", "\n+ ")
+        ax.set(title=title, xlabel="learning rate", frame_on=False)
         ax.tick_params(length=0, labelsize=7, grid_alpha=0)
     return figure
 
