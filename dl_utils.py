@@ -1259,7 +1259,7 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
     curves = 100 * history.groupby(["setting", "split", "epoch"]).accuracy.agg(
         mean="mean", low="min", high="max")  # fmt: skip
     epochs = {"xlabel": "epoch", "xticks": [1, *range(4, max(history.epoch) + 1, 4)]}
-    figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.7)])
+    figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.55)])
     last = axes[len(styles)]
     for ax, (name, (label, color)) in zip(axes, styles.items()):
         for split, style in (("train", "--"), ("test", "-")):
@@ -1348,7 +1348,7 @@ def plot_why(history, inside, table, names=None, axes=None):
     the learning rate has come to zero; norms of weights; confidence in wrong answers, seeds as
     dots. history: as collect gives it; inside: as examine does; table: the study."""
     styles = _styles(inside, names)
-    figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 2.1), ([1, 1], 2.1))
+    figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 1.9), ([1, 1], 1.9))
     curves = history.groupby(["setting", "split", "epoch"]).loss.mean()
     length = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
     layers = inside.columns[inside.columns.get_loc("confidence") + 1 :]
@@ -1379,7 +1379,7 @@ def plot_why(history, inside, table, names=None, axes=None):
 def plot_errors(model: nn.Module, split: Split, axes=None):
     """Predicted classes in percent of each true class; the six mistakes made with the highest
     probability, the most confident first."""
-    figure, (left, *axes) = _panels(axes, ([1], 2.4), (6 * [1], 1.1))
+    figure, (left, *axes) = _panels(axes, ([1], 2.2), (6 * [1], 1.0))
     matrix = confusion_matrix(model, split)
     shares = 100 * matrix.div(matrix.sum(axis=1), axis=0)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
