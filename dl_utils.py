@@ -1371,7 +1371,9 @@ def plot_why(history, inside, table, names=None, axes=None):
     losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)")
     fits.set(title="At equal fit: 8, 16, 32 epochs", xlabel="train accuracy (%)",
              ylabel="validation accuracy (%)")  # fmt: skip
-    norms.set(title="Norm of each layer's weights", ylim=(0, None))
+    norms.set(title="Norm of each layer's weights", yscale="log")
+    norms.set_yticks(ticks := [3, 10, 30, 100], ticks)
+    norms.minorticks_off()
     sure.set(title="Confidence in wrong answers (%)", ylim=(len(styles) - 0.5, -0.5))
     return figure
 
