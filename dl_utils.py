@@ -1,6 +1,12 @@
 """LeNet-5 on Fashion-MNIST: no regularization, dropout, weight decay, batch normalization.
 
-CLAIM
+Test accuracy in percent after 16 epochs, mean ± standard deviation of eight seeds, on two cores of
+an AMD EPYC server (AVX-512, torch 2.15.0), 110 seconds of one core a run:
+
+    no regularization  90.97 ± 0.27    weight decay + batch norm  92.00 ± 0.16
+    dropout            90.99 ± 0.11    dropout + batch norm       91.62 ± 0.24
+    weight decay       91.48 ± 0.15    dropout + weight decay     91.30 ± 0.19
+    batch norm         91.24 ± 0.33    all three                  91.77 ± 0.24
 
 The lesson comes first: settings, data, model, evaluation, training. What serves it follows.
 Accuracies are fractions, losses are in nats per image, images are (N, 1, 28, 28) float32.
@@ -1207,7 +1213,7 @@ def plot_grids(table: pd.DataFrame, axes=None):
         grid = means[["baseline", name] if name in TECHNIQUES else [name]].unstack("lr")
         wide[name] = grid[sorted(means[name].index.unique("lr"))]
     widths = [grid.shape[1] for grid in wide.values()]  # of A, then of D
-    figure, axes = _panels(axes, *[(part, 1.6) for part in (widths[:3], widths[3:]) if part])
+    figure, axes = _panels(axes, *[(part, 1.75) for part in (widths[:3], widths[3:]) if part])
     for ax, (name, grid) in zip(axes, wide.items()):
         ax.imshow(grid, cmap="cividis", vmin=90, vmax=92.4, origin="lower", aspect="auto")
         for y, x in np.argwhere(grid.notna()):
@@ -1217,13 +1223,15 @@ def plot_grids(table: pd.DataFrame, axes=None):
             if value >= best[grid.index[y][0]] - band:
                 width = 2.2 if (*grid.index[y], grid.columns[x]) in chosen else 0.6
                 ax.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, lw=width))
-        levels = ["\n".join([f"p {p:g}"] * (p > 0) + [f"λ {decay:g}"] * (decay > 0))
-                  or ("on" if norm else "off") for _, p, decay, norm in grid.index]  # fmt: skip
+        levels = ["\n".join(f"{value:g}".lstrip("0") for value in strengths if value)
+                  or ("on" if norm else "off") for _, *strengths, norm in grid.index]  # fmt: skip
+        marks = {"p": SETTINGS[name].dropout, "λ": SETTINGS[name].weight_decay}
         rates = [f"{lr:g}".lstrip("0") for lr in grid]
         ax.set_xticks(range(len(rates)), rates)
-        ax.set_yticks(range(len(levels)), levels)
+        ax.set_yticks(range(len(levels)), levels, linespacing=0.9)
         title = SETTINGS[name].label.replace(" + ", "\n+ ")
-        ax.set(title=title, xlabel="learning rate", frame_on=False)
+        ylabel = ", ".join(mark for mark, strength in marks.items() if strength)
+        ax.set(title=title, xlabel="learning rate", ylabel=ylabel, frame_on=False)
         ax.tick_params(length=0, labelsize=7, grid_alpha=0)
     return figure
 
@@ -1231,7 +1239,7 @@ def plot_grids(table: pd.DataFrame, axes=None):
 def plot_choices(table: pd.DataFrame, axes=None):
     """What rules 2 and 3 saw in the study. Left: alternatives, in points: seeds as dots, means as
     bars, the band of noise in grey. Right: validation accuracy by the number of epochs."""
-    figure, (left, right) = _panels(axes, ([1, 1], 2.1))
+    figure, (left, right) = _panels(axes, ([1, 1], 2.25))
     differences, band = 100 * alternatives(table)[::-1], 100 * noise_band(table)
     left.axvspan(-band, band, color="0.85", lw=0)
     for y, row in enumerate(differences.to_numpy()):
@@ -1259,7 +1267,7 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
     curves = 100 * history.groupby(["setting", "split", "epoch"]).accuracy.agg(
         mean="mean", low="min", high="max")  # fmt: skip
     epochs = {"xlabel": "epoch", "xticks": [1, *range(4, max(history.epoch) + 1, 4)]}
-    figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.55)])
+    figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.5)])
     last = axes[len(styles)]
     for ax, (name, (label, color)) in zip(axes, styles.items()):
         for split, style in (("train", "--"), ("test", "-")):
@@ -1291,11 +1299,10 @@ def plot_results(results: pd.DataFrame, axes=None):
         left.plot(runs.test_accuracy, [y - 0.17] * len(runs), "o", color=color, ms=3, alpha=0.6)
         left.errorbar(test, y + 0.17, xerr=half, fmt="|", color=color, elinewidth=2.5, ms=7)
         left.annotate(f"{test:.2f}", (test + np.nan_to_num(half), y + 0.17), (3, 0),
-                      textcoords="offset points", color=color, fontsize=7, va="center")  # fmt: skip
+                      textcoords="offset points", fontsize=7, va="center")  # fmt: skip
         right.plot([test, train], [y, y], color=color, lw=3, alpha=0.5)
         right.plot(runs, [[y, y]] * len(runs), ".", color=color, ms=3)
-        right.text((test + train) / 2, y - 0.12, f"{train - test:.1f}", color=color, ha="center",
-                   va="bottom", fontsize=7)  # fmt: skip
+        right.text((test + train) / 2, y - 0.12, f"{train - test:.1f}", fontsize=7, ha="center")
     left.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
     left.set(title="Test accuracy (%)", ylim=(len(styles) - 0.4, -0.6))
     right.set(title="Test to train (%): the gap")

@@ -2,14 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, weights_equal
+from conftest import weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -115,35 +113,3 @@ def test_a_full_disk_names_the_file_and_loses_nothing(trained, tmp_path, monkeyp
         dl.save_checkpoint(path, trained["combined"])
     assert path.read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-
-
-# The children are forked by a process of its own, which has loaded torch once and holds no
-# other threads.
-KILLS = """
-import os, random, signal, sys, time, timeit
-import torch, dl_utils as dl
-torch.set_num_threads(1)  # those of OpenMP would not be in a forked child
-checkpoint, path = dl.load_checkpoint(sys.argv[1]), sys.argv[2]
-dl.save_checkpoint(path, checkpoint)  # the first time takes longer
-once = sum(timeit.repeat(lambda: dl.save_checkpoint(path, checkpoint), number=1)) / 5
-random.seed(0)
-written = 0
-for _ in range(30):
-    os.utime(path, (1, 1))
-    child = os.fork()
-    while child == 0:
-        dl.save_checkpoint(path, checkpoint)
-    time.sleep(random.uniform(0.5, 9) * once)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    dl.load_checkpoint(path)
-    written += os.stat(path).st_mtime > 1
-assert written > 7, written
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_killed_at_any_moment_no_file_is_half_written(good, tmp_path):
-    command = [sys.executable, "-c", KILLS, good, tmp_path / "run.pt"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr

@@ -46,28 +46,16 @@ def test_bad_input_ends_in_one_sentence(command, tiny, thread, tmp_path, monkeyp
     assert not [path for path in tmp_path.rglob("*") if path.suffix != ".lock" and path.is_file()]
 
 
-@pytest.mark.parametrize("command", ["", "train", "test", "search", "collect"])
-def test_help_is_printed_and_a_word_that_is_no_option_exits_with_2(command, capsys):
-    for word, code in (("--help", 0), ("--fast", 2)):
-        with pytest.raises(SystemExit) as caught:
-            dl.main([*command.split(), word])
-        assert caught.value.code == code and "usage: dl_utils.py" in "".join(capsys.readouterr())
-
-
-def test_words_may_come_in_any_order_and_a_folder_shows_its_lowest_seeds(
-    tiny, thread, tmp_path, capsys
-):
+def test_words_come_in_any_order_and_lowest_seeds_are_shown(tiny, thread, tmp_path, capsys):
     data = ["--data", str(tiny)]
     for words in ("baseline --seeds 4", "--seeds 4 2 dropout"):
         words = ["train", *words.split(), "--epochs", "1", "--device", "cpu", *data]
         assert dl.main([*words, "--out", str(tmp_path)]) == 0
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["baseline-seed4.pt", "dropout-seed2.pt", "dropout-seed4.pt"]
     capsys.readouterr()
     assert dl.main(["test", str(tmp_path), *data]) == 0
-    out = capsys.readouterr().out
-    assert "No regularization, seed 4" in out and "Dropout, seed 2" in out
-    assert "Dropout, seed 4" not in out
+    table = capsys.readouterr().out
+    assert "No regularization, seed 4" in table and "Dropout, seed 2" in table
+    assert "Dropout, seed 4" not in table
 
 
 def test_a_failed_run_is_said_and_keeps_the_rest(tiny, thread, tmp_path, monkeypatch, capsys):
@@ -142,10 +130,8 @@ def test_commands_of_the_readme_parse(command):
 
 
 def test_readme_has_a_command_to_train_and_one_to_test_each_setting():
-    for name in dl.SETTINGS:
-        assert f"train {name}" in COMMANDS and f"test weights/{name}.pt" in COMMANDS
-    assert "test" in COMMANDS and "search" in COMMANDS
-    assert len(README.splitlines()) <= 130
+    assert {f"train {name}" for name in dl.SETTINGS} < {*COMMANDS}
+    assert {f"test weights/{name}.pt" for name in dl.SETTINGS} | {"test", "search"} < {*COMMANDS}
 
 
 @pytest.mark.parametrize("name", dl.SETTINGS)
@@ -160,8 +146,3 @@ def test_shipped_weights_give_what_they_and_the_table_record(name, real_splits):
         found = dl.evaluate(checkpoint.model, real_splits[split]).accuracy
         assert abs(found - recorded) * len(real_splits[split].labels) < 1.5
     assert checkpoint.metrics["test"].accuracy > 0.90
-
-
-def test_shipped_weights_are_pairwise_different():
-    models = [dl.load_checkpoint(path).model for path in ROOT.glob("weights/*.pt")]
-    assert len({model.layers.conv1.weight.sum().item() for model in models}) == len(models)

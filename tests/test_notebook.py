@@ -21,7 +21,6 @@ PROSE = "\n\n".join(
     if cell["cell_type"] == "markdown"
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FIVE = ["baseline", "dropout", "weight_decay", "batch_norm", "combined"]
 
 
 def test_saved_by_one_run_from_top_to_bottom_without_a_warning():
@@ -45,28 +44,12 @@ def test_what_is_shown_are_the_saved_runs_and_the_theory_of_its_file():
     assert any((ROOT / "theory.md").read_text(encoding="utf-8").strip() in text for text in SHOWN)
 
 
-def test_metadata_is_for_the_student_to_fill_in():
+def test_no_name_and_no_path_of_another_is_handed_in():
     metadata = NOTEBOOK["metadata"]
-    assert metadata["title"] and metadata["date"] == "" and "authors" in README
-    assert [list(author) for author in metadata["authors"]] == [["name"]]
-
-
-def test_no_paths_of_one_machine():
+    assert metadata["title"] and metadata["date"] == "" and metadata["authors"] == [{"name": ""}]
     for path in ("README.md", "theory.md", "EX1.ipynb", "dl_utils.py"):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert not re.search(r"/(work|tmp|root|home)/", text), path
-
-
-def test_prose_is_light(capsys):
-    """Under 0.8 numbers a sentence and at most three, but for years and for what is counted."""
-    text = re.sub(r"```.*?```|^\s*\|.*$|^#.*$|\$[^$]*\$|`[^`]*`", " ", PROSE, flags=re.S | re.M)
-    text = text.split("- V. Godbole")[0]
-    text = re.sub(
-        r"\b(19|20)\d\d\b|\b([Ff]igure|[Tt]able|[Ss]ections?|LeNet|[Ss]eeds?)[ -]\d+", " ", text
-    )
-    sentences = [s for s in re.split(r"(?<=[.:?])\s+|\n\n", text) if len(s.split()) > 2]
-    counts = [len(re.findall(r"(?<![A-Za-z\d])\d[\d,.]*", s)) for s in sentences]
-    assert sum(counts) / len(counts) < 0.8 and max(counts) <= 3
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +68,12 @@ def test_tables_in_the_notebook_are_those_of_the_files(results):
         body = dl.show_table(table, "").data.split("\n", 2)[2]
         assert any(body in text for text in SHOWN)
     for name, runs in results.groupby("setting"):
-        means = [
-            f"{100 * runs[f'{split}_accuracy'].mean():.2f} ± "
-            f"{100 * runs[f'{split}_accuracy'].std():.2f}"
-            for split in ("train", "val", "test")
-        ]
+        percent = [100 * runs[f"{split}_accuracy"] for split in ("train", "val", "test")]
+        means = [f"{values.mean():.2f} ± {values.std():.2f}" for values in percent]
         cells = [dl.SETTINGS[name].label, *means]
         assert f"| {' | '.join(cells)} |" in README
         assert any(f"| {means[0]} | {means[2]} |" in text for text in SHOWN)
+        assert re.search(rf"{re.escape(cells[0])} +{means[2]}", dl.__doc__, re.I)
 
 
 def test_every_choice_in_settings_follows_from_the_study_by_its_rules(study):
@@ -106,31 +87,16 @@ def test_every_choice_in_settings_follows_from_the_study_by_its_rules(study):
     assert (dl.alternatives(study).mean(axis=1) < dl.noise_band(study)).all(), "rule 2"
 
 
-def test_a_best_cell_lies_within_its_grid_or_the_grid_was_extended_twice(study):
-    best = dl.best_cells(study)
-    rates = {
-        "baseline": (0.01, 0.32),
-        "batch_norm": (0.01, 0.32),
-        "dropout": (0.01, 0.08),
-        "weight_decay": (0.04, 0.32),
-    }  # the windows of A
-    for name, setting in dl.SETTINGS.items():
-        grid, chosen = study[(study.setting == name) & study.part.isin(["A", "D"])], best.loc[name]
-        strengths = {"dropout": 0.5, "weight_decay": 0.002}
-        if name not in rates:  # D: the best of A, of two techniques the higher, of three the middle
-            middle = sorted(best.lr[key] for key in dl.TECHNIQUES if getattr(setting, key))[1]
-            rates[name] = middle / 2, 2 * middle
-            strengths = {key: best.loc[key, key] for key in strengths}
-        low, high = rates[name]
-        assert grid.lr.min() < chosen.lr < grid.lr.max() or chosen.lr in (low / 4, 4 * high), name
-        for key, most in strengths.items():
-            assert not chosen[key] or chosen[key] < grid[key].max() or chosen[key] == 4 * most, name
-
-
 def test_the_study_is_complete_and_final_runs_are_others(study, results):
-    assert study.val_accuracy.notna().all() and set(study.seed) == {101, 102, 103}
+    assert list(study.columns) == ["part", "setting", *dl.FIELDS, *dl.OUTCOME]
+    assert study.val_accuracy.notna().all() and not study.duplicated(dl.FIELDS).any()
+    for _, cell in study.groupby(["part", *dl.CELL]):
+        assert sorted(cell.seed) == [101, 102, 103]
+    hits = 5000 * study.val_accuracy
+    assert ((hits - hits.round()).abs() < 1e-6).all(), "not an accuracy on 5,000 images"
     assert len(results) == 64 and set(results.seed) == set(range(8))
     derived, _ = dl.collect(ROOT / "weights")
     assert derived.equals(results), "python dl_utils.py collect weights"
-    epochs = {run.config.epochs for run in dl.load_runs(ROOT / "weights")}
-    assert epochs == {dl.TrainConfig().epochs}
+    runs = dl.load_runs(ROOT / "weights")
+    assert {run.config.epochs for run in runs} == {dl.TrainConfig().epochs}
+    assert len({run.model.layers.conv1.weight.sum().item() for run in runs}) == 64, "an alias"

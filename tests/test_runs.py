@@ -180,16 +180,6 @@ def test_a_killed_search_goes_on_with_what_is_missing(tiny, tmp_path):
     assert len(re.findall("dropout, seed 101: train", out)) == 6 - len(kept), "one ran again"
 
 
-def test_the_recorded_study_has_three_seeds_of_every_configuration():
-    study = pd.read_csv(dl.STUDY)
-    assert list(study.columns) == ["part", "setting", *dl.FIELDS, *dl.OUTCOME]
-    for _, cell in study.groupby(["part", *dl.CELL]):
-        assert sorted(cell.seed) == [101, 102, 103]
-    assert not study.duplicated(dl.FIELDS).any(), "a run stands twice"
-    hits = 5000 * study.val_accuracy.dropna()
-    assert ((hits - hits.round()).abs() < 1e-6).all(), "not an accuracy on 5,000 images"
-
-
 def test_rule_1_chooses_the_highest_mean_then_the_weaker_then_the_slower():
     def chosen(*cells):
         rows = [row for lr, dropout, accuracies in cells

@@ -4,9 +4,7 @@ import contextlib
 import os
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -150,17 +148,6 @@ def jobs(config):
     return [(SETTINGS[name], config) for name in ("baseline", "dropout", "combined")]
 
 
-def test_threads_give_the_same_bits_and_a_failed_job_ends_no_other(tiny, jobs, trained, capsys):
-    setting, config = jobs[1]
-    jobs, finished = [(replace(setting, name="bad", lr=1e6), config), *jobs], []
-    with ThreadPoolExecutor(3) as executor:
-        runs = train_many(jobs, executor, root=tiny, on_finish=lambda i, _: finished.append(i))
-    assert isinstance(runs[0], dl.DivergedError) and sorted(finished) == [1, 2, 3]
-    assert "bad, seed 0, failed: diverged in epoch" in capsys.readouterr().err
-    for run, (setting, _) in zip(runs[1:], jobs[1:]):
-        assert weights_equal(run, trained[setting.name])
-
-
 def test_a_dask_cluster_gives_the_same_bits(tiny, jobs, trained):
     distributed = pytest.importorskip("distributed")
     workers = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None}
@@ -187,15 +174,6 @@ def test_a_run_is_kept_while_the_next_trains_or_said_lost(tiny, jobs, one, monke
     runs = train_many(jobs, one, root=tiny, on_finish=keep)
     assert isinstance(runs[0], OSError) and isinstance(runs[1], dl.Checkpoint)
     assert "baseline, seed 0, failed: disk full" in capsys.readouterr().err
-
-
-def test_an_interrupt_ends_what_has_not_begun(tiny, jobs, one, monkeypatch):
-    monkeypatch.setattr(dl, "train", begun := mock.Mock(side_effect=train))
-    with pytest.raises(KeyboardInterrupt):
-        interrupt = mock.Mock(side_effect=KeyboardInterrupt)
-        train_many(4 * jobs, one, root=tiny, on_finish=interrupt)
-    one.shutdown()
-    assert begun.call_count <= 6, "of 12"
 
 
 @pytest.mark.parametrize(("files", "limit"), [

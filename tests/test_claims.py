@@ -1,0 +1,168 @@
+"""The report says of its tables what they say: every number in its prose, every comparison."""
+
+# ruff: noqa: E501
+import re
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from conftest import ROOT
+from test_notebook import PROSE
+
+import dl_utils as dl
+
+NONE, DROPOUT, DECAY, NORM = "baseline", "dropout", "weight_decay", "batch_norm"
+BOTH, ALL, WORDS = "weight_decay_batch_norm", "combined", {6: "six", 7: "seven", 8: "eight"}
+
+
+def more(table, one, other, measure="test_accuracy"):
+    """The mean of one is greater than that of the other by more than chance."""
+    means = table.groupby("setting")[measure].mean()
+    return means[one] - means[other] > dl.least_difference(table, measure)
+
+
+def alike(*args):
+    return not more(*args) and not more(args[0], args[2], args[1], *args[3:])
+
+
+# fmt: off
+def study_claims(study):
+    """Pairs: what the report says, whether it is so."""
+    band, best = dl.noise_band(study), dl.best_cells(study)
+    grids = study[study.part.isin(["A", "D"])]
+    cells = grids.groupby(["setting", *dl.CELL]).val_accuracy.mean()
+    none, norm = cells[NONE].max(), cells[NORM].groupby("lr").mean()
+    cost = f"{100 * (none - cells[DROPOUT].xs(0.5, level='dropout').max()):.1f} points"
+    plateau = cells[DECAY][cells[DECAY] >= cells[DECAY].max() - band].unstack("lr").dropna(axis=1)
+    rates, other = norm.index[norm >= norm.max() - band], dl.alternatives(study).mean(axis=1)
+    slow = study[(study.lr == 0.32) & study.part.isin(["A", "D"]) & ~study.batch_norm].val_accuracy
+    failed = (study[study.lr == 2 * norm.idxmax()].val_accuracy < 0.2).all()
+    length = dl.lengths(study).groupby(["setting", "epochs"]).mean(numeric_only=True)
+    val, fit = (length[f"{name}_accuracy"].unstack("epochs") for name in ("val", "train"))
+    worse = {n: {*val.index[val[n] < val[16] - band]} for n in (8, 32)}
+    above = (val - fit.apply(lambda x: np.interp(x, fit.loc[NONE], val.loc[NONE]))).T
+    gain = val[32][NORM] - val[32][NONE]
+    return {
+        f"less than {100 * band:.2f} points, two standard errors": True,
+        f"The {len(study)} runs could not reach the test": study.val_accuracy.notna().all(),
+        "is nowhere better than no regularization by more": cells[DROPOUT].max() < none + band,
+        f"dropping half of the units costs {cost}": True,
+        f"dropping half of them costs {cost}": True,
+        "over a factor of four in": plateau.shape == (3, 3),
+        "at which most runs without it fail": (slow < 0.2).mean() > 0.5 and norm[0.32] > 0.9,
+        f"from {rates[0]:g} to {rates[-1]:g} cannot be told": norm.idxmax() == rates[-1],
+        "at twice that the combinations fail": failed,
+        "at twice that every run of the study failed": failed,
+        "take twice those": all(best.loc[ALL, x] == 2 * best.loc[x, x] for x in (DROPOUT, DECAY)),
+        f"averages would cost {-100 * other.pop('Average pooling'):.1f} points": True,
+        "other alternatives lie within noise": other.abs().max() < band,
+        "too few for all but batch normalization": worse[8] == {*val.index} - {NORM},
+        "no regularization and dropout are worse than with 16": worse[32] == {NONE, DROPOUT},
+        "line of no regularization from 16 epochs": [*(above[DECAY] > band)] == [False, True, True],
+        "Dropout lies on that line": above[DROPOUT].abs().max() < band,
+        "fits as closely as no": abs(fit[32][NORM] - fit[32][NONE]) < 0.002,
+        f"validates {100 * gain:.1f} points better": gain > band,
+        "is a quarter of that for": 4 * best.lr[BOTH] == best.lr[NORM],
+    }
+
+
+def result_claims(runs):
+    runs = runs.assign(gap=runs.train_accuracy - runs.test_accuracy)
+    mean, by = runs.groupby("setting").mean(numeric_only=True), 100 * dl.effects(runs)
+    test = {name: f"{100 * value:.1f} %" for name, value in mean.test_accuracy.items()}
+    add = {row: f"{value:+.2f}".replace("-", "−") for row, value in by.effect.items()}
+    half = {row: f"{value:.2f}" for row, value in by.half.items()}
+    beyond, level = partial(more, runs), partial(alike, runs)
+    lead = mean.test_accuracy[BOTH] - mean.test_accuracy[NONE]
+    over = (runs[runs.setting == NORM].test_accuracy > mean.test_accuracy[NONE]).sum()
+    narrow = {name for name in mean.index if beyond(NONE, name, "gap")}
+    decayed = {name for name, setting in dl.SETTINGS.items() if setting.weight_decay}
+    pair, clash = "weight_decay and batch_norm", "dropout and weight_decay"
+    single, three = by.effect["sum of single gains"], by.effect["gain of all three"]
+    helps = by[(by.effect > by.half) & by.index.str.startswith("dropout over")].index
+    norms = runs.set_index(["setting", "seed"])[["conv1", "conv2", "fc3", "fc4", "fc5"]]
+    return {
+        f"Mean test accuracy is {test[NONE]} without": True,
+        f"alone reaches {test[DROPOUT]}, weight decay {test[DECAY]}, batch normalization {test[NORM]}": True,
+        f"batch normalization, at {test[BOTH]}; all three together have {test[ALL]}": mean.test_accuracy.idxmax() == BOTH,
+        f"batch normalization reach {test[BOTH]}, a full point": round(100 * lead) == 1 and level(BOTH, ALL),
+        "each bring nearly half a point": by.effect[[DECAY, NORM]].between(0.4, 0.5).all(),
+        f"more than {100 * dl.least_difference(runs):.2f} points apart differ": True,
+        "Weight decay improves on no regularization; dropout does not": beyond(DECAY, NONE) and level(DROPOUT, NONE),
+        f"just short, although {WORDS[over]} of its eight": level(NORM, NONE),
+        "Every setting with weight decay has a narrower": narrow == {DROPOUT, *decayed},
+        f"adds {add[DECAY]} points and batch normalization {add[NORM]}, each ± {half[NORM]}": True,
+        "Dropout adds nothing, within the same margin": half[DROPOUT] == half[NORM] and abs(by.effect[DROPOUT]) < 0.005,
+        f"nothing here**, to within {half[DROPOUT]} points": True,
+        f"regularizes.** It adds {add[DECAY]} points": True,
+        f"trains better.** It adds {add[NORM]} points": True,
+        f"interaction is {add[pair]} ± {half[pair]} points": True,
+        f"of their parts, by {add[clash][1:]} ± {half[clash]} points": by.effect[clash] < -by.half[clash],
+        "one setting that dropout visibly improves is batch normalization alone": [*helps] == ["dropout over batch_norm"],
+        f"alone sum to {single:+.1f} and all three together bring {three:+.1f}": True,
+        "holds every layer down": all((norms.loc[x] > norms.loc[y]).to_numpy().all() for x, y in ((NONE, DECAY), (NORM, BOTH))),
+        "grow several times larger": mean.fc3[NORM] > 4 * mean.fc3[NONE],
+        "is the surest of its mistakes": beyond(NORM, NONE, "confidence") and mean.confidence.idxmax() == NORM,
+        "test loss is the highest": mean.test_loss.idxmax() == NORM,
+        "less sure, alone as well as beside": beyond(NONE, DECAY, "confidence") and beyond(NORM, BOTH, "confidence"),
+        "beats dropout; its lead on batch normalization is within chance": beyond(DECAY, DROPOUT) and level(DECAY, NORM),
+        "the wider gap, the higher test loss and the surer mistakes": all(beyond(NORM, DECAY, x) for x in ("gap", "test_loss", "confidence")),
+    }
+
+
+def curve_claims(history):
+    """Of accuracy and loss by epoch; where runs fit alike."""
+    wide = history.pivot(index=["setting", "seed", "epoch"], columns="split", values=["accuracy", "loss"])
+    split, loss = wide.accuracy, wide.loss
+    last, runs = split.xs(16, level="epoch"), ["setting", "seed"]
+    kept = split.test[split.val.groupby(runs).idxmax()].droplevel("epoch") - last.test
+    early = split.test[split.index.get_level_values("epoch") <= 8].groupby(runs).mean()
+    faster, pace = early[NORM] > early[NONE], early.reset_index(name="pace")
+    rise = split.groupby(["setting", "epoch"]).mean().groupby("setting").diff(3).xs(16, level="epoch")
+    level, fit = dl.equal_fit(history)
+    fit = fit.reset_index(name="fit")
+    lead = 100 * (fit.groupby("setting").fit.mean() - fit[fit.setting == NONE].fit.mean())
+    loss = loss.sort_values("train").groupby(runs).apply(lambda run: np.interp(0.15, run.train, run.test)).reset_index(name="loss")
+    return {
+        f"change no mean test accuracy by more than {100 * kept.groupby('setting').mean().abs().max():.2f} points": True,
+        f"in {WORDS[faster.sum()]} of the eight seeds": [*faster.index[~faster]] == [7],
+        "seed 7, collapses in its third": split.test[NORM, 7, 3] < split.test[NORM, 7, 2] - 0.1,
+        "ends with the lowest train accuracy of all": last.train.idxmin() == (NORM, 7),
+        "change the pace by no more than chance": all(alike(pace, NONE, x, "pace") for x in (DROPOUT, DECAY)),
+        "train accuracy rises faster than test accuracy to the end": (rise.train > rise.test).all(),
+        f"at the {100 * level:.0f} % of train that every run reaches": alike(fit, DROPOUT, NONE, "fit"),
+        f"leads no regularization by {lead[DECAY]:.1f} points and batch normalization by {lead[NORM]:.1f};": all(more(fit, x, NONE, "fit") for x in (DECAY, NORM)),
+        "test loss is lower with weight decay, alone or beside": all(more(loss, NONE, x, "loss") for x in (DECAY, BOTH)),
+        "alone do not lower it": not any(more(loss, NONE, x, "loss") for x in (DROPOUT, NORM)),
+    }
+
+
+def image_claims(split):
+    models = [dl.load_checkpoint(ROOT / f"weights/{name}.pt").model for name in dl.SETTINGS]
+    hits = [(dl.compute_logits(model, split.images).argmax(1) == split.labels).double() for model in models]
+    errors = [(one - other).std() for i, one in enumerate(hits) for other in hits[:i]]
+    matrix, four = dl.confusion_matrix(models[-1], split), ["T-shirt/top", "pullover", "coat", "shirt"]
+    wrong = matrix - np.diag(np.diag(matrix))
+    return {
+        f"by a standard error of about {sum(errors) / len(errors):.2f} points": True,
+        f"Of its {wrong.to_numpy().sum()} mistakes, {wrong.loc[four, four].to_numpy().sum()} are": True,
+        f"In all there are {sum(p.numel() for p in models[0].parameters()):,}": True,
+    }
+# fmt: on
+
+
+def test_every_claim_is_so_and_has_the_numbers_of_the_prose(real_splits):
+    study, (results, history) = pd.read_csv(dl.STUDY), dl.collect(ROOT / "weights")
+    torch.set_num_threads(2)  # for 64 models
+    inside = dl.examine(dl.load_runs(ROOT / "weights"), real_splits["test"])
+    torch.set_num_threads(1)
+    claims = study_claims(study) | result_claims(results.merge(inside.drop(columns="label")))
+    claims |= curve_claims(history) | image_claims(real_splits["test"])
+    claims[f"took {(results.seconds.sum() + study.seconds.sum()) / 3600:.0f} hours of one"] = True
+    text = rest = PROSE.split("## References")[0]
+    assert not [said for said in claims if said not in text], "these are not said"
+    assert not [said for said, so in claims.items() if not so], "these are not so"
+    for said in claims:
+        rest = rest.replace(said, "")
+    assert {*re.findall(r"\d+\.\d+", rest)} == {"0.9"}, "of momentum"
