@@ -43,7 +43,7 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
-from itertools import combinations, cycle
+from itertools import accumulate, combinations, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1145,10 +1145,11 @@ def _panels(axes, *rows: tuple[list[int], float], **options):
 
 def _label_ends(ax, ends: list[tuple]) -> None:
     """Write labels beside the ends of lines, each (y, label, colour), where they do not meet."""
-    (_, right), (low, high), at = ax.get_xlim(), ax.get_ylim(), -math.inf
-    for y, label, color in sorted(ends):
-        at = max(y, at + (high - low) / 10)
-        ax.text(right, at, label, color=color, fontsize=7, va="center")
+    (_, right), (low, high), ends = ax.get_xlim(), ax.get_ylim(), sorted(ends)
+    at = [*accumulate((y for y, *_ in ends), lambda last, y: max(y, last + (high - low) / 8))]
+    lower = (sum(at) - sum(y for y, *_ in ends)) / len(ends)
+    for y, (_, label, color) in zip(at, ends):
+        ax.text(right, y - lower, label, color=color, fontsize=7, va="center")
 
 
 def _dots(ax, values, y: float, color: str) -> None:
@@ -1221,14 +1222,14 @@ def plot_grids(table: pd.DataFrame, axes=None):
             color = "black" if value > 91.4 else "white"
             ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
             if value >= best[grid.index[y][0]] - band:
-                width = 2.2 if (*grid.index[y], grid.columns[x]) in chosen else 0.6
+                width = 1.8 if (*grid.index[y], grid.columns[x]) in chosen else 0.6
                 ax.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, lw=width))
         levels = ["\n".join(f"{value:g}".lstrip("0") for value in strengths if value)
                   or ("on" if norm else "off") for _, *strengths, norm in grid.index]  # fmt: skip
         marks = {"p": SETTINGS[name].dropout, "λ": SETTINGS[name].weight_decay}
         rates = [f"{lr:g}".lstrip("0") for lr in grid]
         ax.set_xticks(range(len(rates)), rates)
-        ax.set_yticks(range(len(levels)), levels, linespacing=0.9)
+        ax.set_yticks(range(len(levels)), levels, linespacing=1.1)
         title = SETTINGS[name].label.replace(" + ", "\n+ ")
         ylabel = ", ".join(mark for mark, strength in marks.items() if strength)
         ax.set(title=title, xlabel="learning rate", ylabel=ylabel, frame_on=False)
@@ -1245,7 +1246,8 @@ def plot_choices(table: pd.DataFrame, axes=None):
     for y, row in enumerate(differences.to_numpy()):
         _dots(left, row, y, "black")
     left.set_yticks(range(len(differences)), differences.index)
-    left.set(title="One choice changed", xlabel="validation accuracy, difference in points")
+    left.set(title="One choice changed", xlabel="validation accuracy, difference in points",
+             ylim=(-0.6, len(differences) - 0.4))  # fmt: skip
     ends, styles = [], _styles(table.assign(label=table.setting.map(lambda n: SETTINGS[n].label)))
     for name, runs in lengths(table).groupby("setting"):
         means = 100 * runs.groupby("epochs").val_accuracy.mean()
@@ -1307,6 +1309,7 @@ def plot_results(results: pd.DataFrame, axes=None):
     left.set(title="Test accuracy (%)", ylim=(len(styles) - 0.4, -0.6))
     right.set(title="Test to train (%): the gap")
     left.locator_params(axis="x", nbins=5)
+    left.margins(x=0.1)
     return figure
 
 
@@ -1392,7 +1395,7 @@ def plot_errors(model: nn.Module, split: Split, axes=None):
     matrix = confusion_matrix(model, split)
     shares = 100 * matrix.div(matrix.sum(axis=1), axis=0)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
-    for y, x in np.argwhere(shares >= 0.5):
+    for y, x in np.argwhere(shares > 0.5):
         color = "white" if shares.iat[y, x] > 18 else "black"
         left.text(
             x, y, f"{shares.iat[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color

@@ -40,30 +40,30 @@ def study_claims(study):
     failed = (study[study.lr == 2 * norm.idxmax()].val_accuracy < 0.2).all()
     length = dl.lengths(study).groupby(["setting", "epochs"]).mean(numeric_only=True)
     val, fit = (length[f"{name}_accuracy"].unstack("epochs") for name in ("val", "train"))
+    pooled = other["Average pooling"]
     worse = {n: {*val.index[val[n] < val[16] - band]} for n in (8, 32)}
     above = (val - fit.apply(lambda x: np.interp(x, fit.loc[NONE], val.loc[NONE]))).T
     gain = val[32][NORM] - val[32][NONE]
     return {
-        f"less than {100 * band:.2f} points, two standard errors": True,
-        f"The {len(study)} runs could not reach the test": study.val_accuracy.notna().all(),
-        "is nowhere better than no regularization by more": cells[DROPOUT].max() < none + band,
-        f"dropping half of the units costs {cost}": True,
-        f"dropping half of them costs {cost}": True,
+        f"Differences below {100 * band:.2f} points, two standard errors": True,
+        f"The study's {len(study)} runs": study.val_accuracy.notna().all(),
+        "is nowhere better than the best of no regularization": cells[DROPOUT].max() < none + band,
+        f"dropping half of the units costs {cost}. *Weight": True,
+        f"dropping half of the units costs {cost} (Figure 3)": True,
         "over a factor of four in": plateau.shape == (3, 3),
         "at which most runs without it fail": (slow < 0.2).mean() > 0.5 and norm[0.32] > 0.9,
         f"from {rates[0]:g} to {rates[-1]:g} cannot be told": norm.idxmax() == rates[-1],
         "at twice that the combinations fail": failed,
-        "at twice that every run of the study failed": failed,
-        "take twice those": all(best.loc[ALL, x] == 2 * best.loc[x, x] for x in (DROPOUT, DECAY)),
-        f"averages would cost {-100 * other.pop('Average pooling'):.1f} points": True,
-        "other alternatives lie within noise": other.abs().max() < band,
+        "at twice that all combinations failed in the study": failed,
+        "twice those strengths won": all(best.loc[ALL, x] == 2 * best.loc[x, x] for x in (DROPOUT, DECAY)),
+        f"only average pooling lies outside noise, {-100 * pooled:.1f} points below": pooled < -band,
+        "So our choices stand": other.drop("Average pooling").abs().max() < band,
         "too few for all but batch normalization": worse[8] == {*val.index} - {NORM},
-        "no regularization and dropout are worse than with 16": worse[32] == {NONE, DROPOUT},
-        "line of no regularization from 16 epochs": [*(above[DECAY] > band)] == [False, True, True],
+        "only no regularization and dropout lose more than noise": worse[32] == {NONE, DROPOUT},
+        "At 16 and 32 epochs weight decay lies above the line": [*(above[DECAY] > band)] == [False, True, True],
         "Dropout lies on that line": above[DROPOUT].abs().max() < band,
         "fits as closely as no": abs(fit[32][NORM] - fit[32][NONE]) < 0.002,
-        f"validates {100 * gain:.1f} points better": gain > band,
-        "is a quarter of that for": 4 * best.lr[BOTH] == best.lr[NORM],
+        f"has {100 * gain:.1f} points higher validation accuracy": gain > band,
     }
 
 
@@ -79,32 +79,32 @@ def result_claims(runs):
     narrow = {name for name in mean.index if beyond(NONE, name, "gap")}
     decayed = {name for name, setting in dl.SETTINGS.items() if setting.weight_decay}
     pair, clash = "weight_decay and batch_norm", "dropout and weight_decay"
-    single, three = by.effect["sum of single gains"], by.effect["gain of all three"]
     helps = by[(by.effect > by.half) & by.index.str.startswith("dropout over")].index
     norms = runs.set_index(["setting", "seed"])[["conv1", "conv2", "fc3", "fc4", "fc5"]]
     return {
         f"Mean test accuracy is {test[NONE]} without": True,
         f"alone reaches {test[DROPOUT]}, weight decay {test[DECAY]}, batch normalization {test[NORM]}": True,
-        f"batch normalization, at {test[BOTH]}; all three together have {test[ALL]}": mean.test_accuracy.idxmax() == BOTH,
+        f"batch normalization, at {test[BOTH]}; all three together reach {test[ALL]}": mean.test_accuracy.idxmax() == BOTH,
         f"batch normalization reach {test[BOTH]}, a full point": round(100 * lead) == 1 and level(BOTH, ALL),
         "each bring nearly half a point": by.effect[[DECAY, NORM]].between(0.4, 0.5).all(),
-        f"more than {100 * dl.least_difference(runs):.2f} points apart differ": True,
+        f"Means over {100 * dl.least_difference(runs):.2f} points apart differ": True,
         "Weight decay improves on no regularization; dropout does not": beyond(DECAY, NONE) and level(DROPOUT, NONE),
-        f"just short, although {WORDS[over]} of its eight": level(NORM, NONE),
+        f"falls short of that margin, although {WORDS[over]} of its eight": level(NORM, NONE),
         "Every setting with weight decay has a narrower": narrow == {DROPOUT, *decayed},
         f"adds {add[DECAY]} points and batch normalization {add[NORM]}, each ± {half[NORM]}": True,
-        "Dropout adds nothing, within the same margin": half[DROPOUT] == half[NORM] and abs(by.effect[DROPOUT]) < 0.005,
+        "Dropout adds nothing, within that margin": abs(by.effect[DROPOUT]) < by.half[DROPOUT] / 2,
         f"nothing here**, to within {half[DROPOUT]} points": True,
         f"regularizes.** It adds {add[DECAY]} points": True,
         f"trains better.** It adds {add[NORM]} points": True,
-        f"interaction is {add[pair]} ± {half[pair]} points": True,
-        f"of their parts, by {add[clash][1:]} ± {half[clash]} points": by.effect[clash] < -by.half[clash],
-        "one setting that dropout visibly improves is batch normalization alone": [*helps] == ["dropout over batch_norm"],
-        f"alone sum to {single:+.1f} and all three together bring {three:+.1f}": True,
+        f"exceed the sum of their parts by {add[pair][1:]} ± {half[pair]} points": True,
+        f"fall short of theirs by {add[clash][1:]} ± {half[clash]}": by.effect[clash] < -by.half[clash],
+        "Dropout visibly improves only batch normalization": [*helps] == ["dropout over batch_norm"],
         "holds every layer down": all((norms.loc[x] > norms.loc[y]).to_numpy().all() for x, y in ((NONE, DECAY), (NORM, BOTH))),
         "grow several times larger": mean.fc3[NORM] > 4 * mean.fc3[NONE],
         "is the surest of its mistakes": beyond(NORM, NONE, "confidence") and mean.confidence.idxmax() == NORM,
-        "test loss is the highest": mean.test_loss.idxmax() == NORM,
+        "test loss is the highest while its accuracy is not": mean.test_loss.idxmax() == NORM != mean.test_accuracy.idxmin(),
+        "which is not normalized, has the largest weights": mean.fc5.idxmax() == NORM,
+        "on top gains nothing; if anything it costs": level(BOTH, ALL) and by.effect[f"dropout over {BOTH}"] < 0,
         "less sure, alone as well as beside": beyond(NONE, DECAY, "confidence") and beyond(NORM, BOTH, "confidence"),
         "beats dropout; its lead on batch normalization is within chance": beyond(DECAY, DROPOUT) and level(DECAY, NORM),
         "the wider gap, the higher test loss and the surer mistakes": all(beyond(NORM, DECAY, x) for x in ("gap", "test_loss", "confidence")),
@@ -129,10 +129,10 @@ def curve_claims(history):
         f"in {WORDS[faster.sum()]} of the eight seeds": [*faster.index[~faster]] == [7],
         "seed 7, collapses in its third": split.test[NORM, 7, 3] < split.test[NORM, 7, 2] - 0.1,
         "ends with the lowest train accuracy of all": last.train.idxmin() == (NORM, 7),
-        "change the pace by no more than chance": all(alike(pace, NONE, x, "pace") for x in (DROPOUT, DECAY)),
+        "differs from that of no regularization by no more than chance": all(alike(pace, NONE, x, "pace") for x in (DROPOUT, DECAY)),
         "train accuracy rises faster than test accuracy to the end": (rise.train > rise.test).all(),
-        f"at the {100 * level:.0f} % of train that every run reaches": alike(fit, DROPOUT, NONE, "fit"),
-        f"leads no regularization by {lead[DECAY]:.1f} points and batch normalization by {lead[NORM]:.1f};": all(more(fit, x, NONE, "fit") for x in (DECAY, NORM)),
+        f"passes {100 * level:.0f} % (not plotted)": alike(fit, DROPOUT, NONE, "fit"),
+        f"is {lead[DECAY]:.1f} points above no regularization with weight decay and {lead[NORM]:.1f} with": all(more(fit, x, NONE, "fit") for x in (DECAY, NORM)),
         "test loss is lower with weight decay, alone or beside": all(more(loss, NONE, x, "loss") for x in (DECAY, BOTH)),
         "alone do not lower it": not any(more(loss, NONE, x, "loss") for x in (DROPOUT, NORM)),
     }

@@ -114,13 +114,11 @@ def test_a_killed_worker_is_said_with_what_to_do_and_the_rest_is_kept(tiny, tmp_
 @needs_proc
 @pytest.mark.parametrize("when", ["workers start", "a run is finished"])
 def test_ctrl_c_ends_training_cleanly(tiny, tmp_path, when):
-    process = start(tiny, *MANY, tmp_path)
-    if when == "a run is finished":
-        process.stdout.readline()
-    else:
-        while len(processes(process.pid)) < 4:  # with the resource tracker of multiprocessing
-            time.sleep(0.02)
-        time.sleep(1)  # Python still imports there
+    endless = [] if when == "a run is finished" else ["--epochs", 99_999]
+    process = start(tiny, *MANY, tmp_path, *endless)
+    while endless and len(processes(process.pid)) < 4:  # with multiprocessing's resource tracker
+        time.sleep(0.02)
+    time.sleep(1) if endless else process.stdout.readline()  # Python still imports there
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
