@@ -1104,7 +1104,9 @@ def show_source(*functions):
     """The source of functions or classes in a notebook, highlighted."""
     from IPython.display import Markdown
 
-    return Markdown("\n".join(f"```python\n{inspect.getsource(item)}```\n" for item in functions))
+    source = "\n".join(f"```python\n{inspect.getsource(item)}```\n" for item in functions)
+    # nbconvert's HTML gives code in an output the font of what is around it
+    return Markdown(f'<div style="font-family: monospace">\n\n{source}\n</div>')
 
 
 def summary_table(results: pd.DataFrame) -> pd.DataFrame:

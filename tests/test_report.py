@@ -71,7 +71,7 @@ def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
     lines = shown.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 79
     assert "nn.Conv2d(1, 6, kernel_size=5, padding=2)" in shown and "optimizer.step()" in shown
-    assert lines[0] == "```python" and lines[1] == "class LeNet5(nn.Module):"
+    assert lines[2] == "```python" and lines[3] == "class LeNet5(nn.Module):"
 
 
 def test_examples_show_each_class_and_the_diagram_the_shapes(splits):
