@@ -1356,12 +1356,12 @@ def examine(runs, split: Split) -> pd.DataFrame:
 
 
 def plot_why(history, inside, table, names=None, axes=None):
-    """Four looks at overfitting, means over the seeds: losses, epoch by epoch; accuracies where
-    the learning rate has come to zero; norms of weights; confidence in wrong answers, seeds as
+    """Four looks at overfitting: losses, epoch by epoch, medians of the seeds; accuracies where the
+    learning rate has come to zero and norms of weights, means; confidence in wrong answers, seeds as
     dots. history: as collect gives it; inside: as examine does; table: the study."""
     styles = _styles(inside, names)
     figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 1.9), ([1, 1], 1.9))
-    curves = history.groupby(["setting", "split", "epoch"]).loss.mean()
+    curves = history.groupby(["setting", "split", "epoch"]).loss.median()  # one run may collapse
     length = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
     layers = inside.columns[inside.columns.get_loc("confidence") + 1 :]
     sure.set_yticks(range(len(styles)), [label for label, _ in styles.values()])

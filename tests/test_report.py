@@ -165,9 +165,9 @@ def test_why_draws_what_is_inside_the_models(runs, tables, splits, study):
     wrong = answer != splits["test"].labels
     assert row.confidence == pytest.approx(probability[wrong].mean().item(), rel=1e-5)
     losses, fits, norms, sure = dl.plot_why(history, inside, study, FIVE).axes
-    means = history.groupby(["setting", "split", "epoch"]).loss.mean()
+    medians = history.groupby(["setting", "split", "epoch"]).loss.median()
     x, y = losses.lines[0].get_data()
-    assert [*x] == [*means["baseline", "train"]] and [*y] == [*means["baseline", "test"]]
+    assert [*x] == [*medians["baseline", "train"]] and [*y] == [*medians["baseline", "test"]]
     length = 100 * dl.lengths(study).groupby(["setting", "epochs"]).val_accuracy.mean()
     x, y = fits.lines[0].get_data()
     assert [*y] == pytest.approx([*length["baseline"]]) and [*x] == pytest.approx([*(y + 5)])
