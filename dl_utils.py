@@ -387,7 +387,7 @@ def read_data_files(root=None) -> list[Tensor]:
         content = next(filter(None, (_unpack(path.read_bytes(), name) for path in paths)), None)
         if paths and not content:
             raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; put the "
-                             "original there, or move it away: it is downloaded")  # fmt: skip
+                             "original there, or move it away: it is downloaded again")  # fmt: skip
         content = content or _download(folder, name)
         header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
         tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(-1, *shape))
@@ -593,7 +593,7 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
             executor = stack.enter_context(_processes(count, bar))
         with _ignore_sigint() if local else contextlib.nullcontext():
             futures = {executor.submit(_run_job, job, **options): i for i, job in enumerate(jobs)}
-        if not local:  # after an exception
+        if not local:  # no effect on finished ones
             stack.callback(lambda: [future.cancel() for future in futures])
         for future in as_completed(futures):
             index = futures[future]
@@ -603,16 +603,16 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
                 if on_finish:
                     on_finish(index, run)
                 values = [f"{name} {metrics.accuracy:.2%}" for name, metrics in run.metrics.items()]
-                said, file = f": {', '.join(values)}, {run.seconds:.0f} s", sys.stdout
+                outcome, file = f": {', '.join(values)}, {run.seconds:.0f} s", sys.stdout
             except Exception as error:
                 results[index] = error
-                said, file = f", failed: {str(error) or repr(error)}", sys.stderr
+                outcome, file = f", failed: {str(error) or repr(error)}", sys.stderr
             if not isinstance(results[index], BrokenExecutor):
                 with tqdm.external_write_mode():
-                    print(f"{setting.name}, seed {config.seed}{said}", file=file, flush=True)
+                    print(f"{setting.name}, seed {config.seed}{outcome}", file=file, flush=True)
             bar.update(0 if local else config.epochs)
     if killed := sum(isinstance(result, BrokenExecutor) for result in results):
-        print(f"{killed} runs are not finished, as a worker was killed (short of memory? try fewer "
+        print(f"not finished: {killed} runs, as a worker was killed (short of memory? try fewer "
               "workers) or could not start (a script needs if __name__ == '__main__')",
               file=sys.stderr)  # fmt: skip
     return results
@@ -688,7 +688,7 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
     folder, jobs, results = Path(folder), list(jobs), {}
     paths = {job: checkpoint_path(folder, *job) for job in jobs}
     if len({str(path).lower() for path in paths.values()}) < len(paths):
-        raise ValueError("two different jobs have the same name and seed, and so the same file")
+        raise ValueError("two different jobs have the same name and seed, or would share a file")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to")
@@ -712,7 +712,7 @@ def load_runs(folder) -> list[Checkpoint]:
     for path in sorted(Path(folder).glob("*.pt")):
         runs.append(run := load_checkpoint(path))
         if (expected := checkpoint_path(folder, run.setting, run.config).name) != path.name:
-            raise ValueError(f"{path} holds what should be called {expected}; rename it")
+            raise ValueError(f"{path} holds the run of {expected}; move it to another folder")
     if not runs:
         raise FileNotFoundError(f"{folder} holds no checkpoints (*.pt)")
     names = [*SETTINGS, *(run.setting.name for run in runs)]
@@ -776,8 +776,8 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
     or another search is running on it, and, before any run, ValueError where it is no such table.
     """
     path = Path(path)
-    if not path.exists():  # the lock would make its folder
-        raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():  # the lock would make its folder
+        raise FileNotFoundError(f"{path} is no file")
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=0))
@@ -820,7 +820,9 @@ def noise_band(table: pd.DataFrame) -> float:
     part = table[table.part == "A"]
     cells = part.pivot(index="seed", columns=["setting", *CELL], values="val_accuracy")
     best = cells.mean().groupby("setting").transform("max")
-    return 2 * math.sqrt(2 / len(cells)) * _spread(cells.loc[:, cells.mean() >= best - 0.01])[0]
+    return (
+        2 * math.sqrt(2 / len(cells)) * _residual_std(cells.loc[:, cells.mean() >= best - 0.01])[0]
+    )
 
 
 def alternatives(table: pd.DataFrame) -> pd.DataFrame:
@@ -852,27 +854,29 @@ def lengths(table: pd.DataFrame) -> pd.DataFrame:
 TECHNIQUES = ("dropout", "weight_decay", "batch_norm")
 
 
-def _spread(table: pd.DataFrame) -> tuple[float, int]:
+def _residual_std(table: pd.DataFrame) -> tuple[float, int]:
     """Standard deviation of the residuals, and their degrees of freedom; rows are seeds. NaN
     where there are none, as with one seed."""
-    rest = table.sub(table.mean(axis=1), axis=0) - table.mean() + table.mean().mean()
+    residuals = table.sub(table.mean(axis=1), axis=0) - table.mean() + table.mean().mean()
     freedom = (len(table) - 1) * (table.shape[1] - 1)
-    return math.sqrt(float((rest**2).to_numpy().sum()) / (freedom or math.nan)), freedom
+    return math.sqrt(float((residuals**2).to_numpy().sum()) / (freedom or math.nan)), freedom
 
 
-def least_difference(results: pd.DataFrame, measure: str = "test_accuracy") -> float:
-    """Settings whose means differ by more do differ: Tukey's, 95 % for all pairs together. NaN
-    with one seed. results: as collect gives them; settings that lack a seed are left out."""
+def tukey_hsd(results: pd.DataFrame, measure: str = "test_accuracy") -> float:
+    """Settings whose means differ by more do differ: Tukey's honestly significant difference,
+    95 % for all pairs together. NaN with one seed. results: as collect gives them; seeds or
+    settings that are incomplete are left out."""
     from scipy.stats import studentized_range  # slow to import
 
-    table = results.pivot(index="seed", columns="setting", values=measure).dropna(axis=1)
-    spread, freedom = _spread(table)
+    table = results.pivot(index="seed", columns="setting", values=measure)
+    table = max(table.dropna(axis=1), table.dropna(), key=lambda part: _residual_std(part)[1])
+    spread, freedom = _residual_std(table)
     return studentized_range.ppf(0.95, table.shape[1], freedom) * spread / math.sqrt(len(table))
 
 
 def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFrame:
     """What techniques do in the factorial of eight settings, named by SETTINGS: columns effect
-    and half, the half width of its own 95 % interval (Student's t; NaN with one seed).
+    and half_width, of its own 95 % interval (Student's t; NaN with one seed).
 
     Rows: each technique, the settings with it minus those without; each pair, how much more one
     brings where the other is on; "dropout over weight_decay" and the like, what one adds to a
@@ -895,9 +899,9 @@ def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFra
             weights[f"{technique} over {name}"] = sign[technique] * pair
     weights["sum of single gains"] = (count == 1) - 3.0 * (count == 0)
     weights["gain of all three"] = (count == 3) - 1.0 * (count == 0)
-    spread, freedom = _spread(table)
+    spread, freedom = _residual_std(table)
     half = t.ppf(0.975, freedom) * spread / math.sqrt(len(table)) * (weights**2).sum() ** 0.5
-    return pd.DataFrame({"effect": table.mean() @ weights, "half": half})
+    return pd.DataFrame({"effect": table.mean() @ weights, "half_width": half})
 
 
 def equal_fit(history: pd.DataFrame) -> tuple[float, pd.Series]:
@@ -925,13 +929,12 @@ def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
     return pd.DataFrame(counts.numpy(), index=CLASSES, columns=CLASSES)
 
 
-def layer_summary(model: nn.Module, input_shape=(1, 1, 28, 28)) -> pd.DataFrame:
-    """Send one input through the layers of a Sequential or a LeNet5. Returns one row for each
-    that does something: its name, output shape, number of parameters."""
-    rows, values = [], torch.zeros(input_shape)
+def layer_summary(model: LeNet5) -> pd.DataFrame:
+    """One row for each layer that does something: name, output shape, number of parameters."""
+    rows, values = [], torch.zeros(1, 1, 28, 28)
     model = copy.deepcopy(model).cpu().eval()
     with torch.inference_mode():
-        for name, layer in getattr(model, "layers", model).named_children():
+        for name, layer in model.layers.named_children():
             values = layer(values)
             if not isinstance(layer, nn.Identity) and getattr(layer, "p", 1) > 0:  # of dropout
                 count = sum(parameter.numel() for parameter in layer.parameters())
@@ -963,7 +966,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     where, speed = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     where.add_argument("--data", metavar="FOLDER", help="of Fashion-MNIST (data/ beside this file)")
-    where.add_argument("--device", help="cpu, cuda, ... (this machine's accelerator, else cpu)")
+    where.add_argument("--device", help="cpu, cuda, ... (accelerator, else cpu; test: cpu)")
     speed.add_argument("--workers", type=int, metavar="N", help="runs at a time (what fits here)")
 
     def add(run, name: str, text: str, *parents: argparse.ArgumentParser):
@@ -989,7 +992,7 @@ def _train_command(args) -> int:
     # --seeds 0 1 dropout gives --seeds the setting as well.
     names = [*args.settings, *(word for word in args.seeds if not word.isdecimal())]
     if not names or not {*names} <= {*SETTINGS, "all"}:
-        expected = f"expected {', '.join(SETTINGS)}, or all"
+        expected = f"expected {', '.join(SETTINGS)}, or all, and seeds that are whole numbers >= 0"
         raise ValueError(f"settings are {' '.join(names) or 'missing'}; {expected}")
     seeds = [int(word) for word in args.seeds if word.isdecimal()] or [0]
     names = SETTINGS if "all" in names else names
@@ -1110,13 +1113,14 @@ def show_source(*functions):
 
 
 def summary_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Final accuracies in percent: of the first seed, and mean ± standard deviation of all."""
+    """Final accuracies in percent: of the lowest seed of all, and mean ± standard deviation."""
     seed, rows, columns = results.seed.min(), [], ["train_accuracy", "test_accuracy"]
     for name, (label, _) in _styles(results).items():
-        runs = 100 * results[results.setting == name].set_index("seed").sort_index()[columns]
+        runs = 100 * results[results.setting == name].set_index("seed")[columns]
         spread = "" if len(runs) == 1 else " ± " + runs.std().map("{:.2f}".format)
         means = runs.mean().map("{:.2f}".format) + spread
-        rows.append([label, *runs.iloc[0].map("{:.2f}".format), *means])
+        first = runs.reindex([seed]).iloc[0].map(lambda value: f"{value:.2f}" if value > 0 else "")
+        rows.append([label, *first, *means])
     names = [f"train, seed {seed}", f"test, seed {seed}", "train, mean", "test, mean"]
     return pd.DataFrame(rows, columns=["setting", *names])
 
@@ -1292,11 +1296,11 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
 
 def plot_results(results: pd.DataFrame, axes=None):
     """Left: test accuracy of each run as a dot, of each setting as a mean with a bar; settings
-    whose bars do not overlap differ (least_difference). Right: from test to train, the gap.
+    whose bars do not overlap differ (tukey_hsd). Right: from test to train, the gap.
     results: as collect gives them."""
     styles = _styles(results)
     figure, (left, right) = _panels(axes, ([3, 2], 0.6 + 0.27 * len(styles)), sharey=True)
-    half = 50 * least_difference(results)
+    half = 50 * tukey_hsd(results)
     for y, (name, (_, color)) in enumerate(styles.items()):
         runs = 100 * results[results.setting == name][["test_accuracy", "train_accuracy"]]
         test, train = runs.mean()
@@ -1328,10 +1332,12 @@ def plot_additivity(results: pd.DataFrame, axes=None):
         ticks = ["+".join(on[words.split()[-1]]) or "none" for words in rows.index]
         label, color = SETTINGS[technique].label, _styles(results)[technique][1]
         ax.axhline(table.effect[technique], color=color, lw=1)
-        ax.errorbar(ticks, rows.effect, yerr=rows.half, fmt="o", color=color, ms=4)
+        ax.errorbar(ticks, rows.effect, yerr=rows.half_width, fmt="o", color=color, ms=4)
         ax.set(title=f"{label} ({label[0]})", xlabel="others that are on", xlim=(-0.5, 3.5))
     total = table.loc[["sum of single gains", "gain of all three"]]
-    axes[3].errorbar(["sum", "all"], total.effect, yerr=total.half, fmt="o", color="0.3", ms=4)
+    axes[3].errorbar(
+        ["sum", "all"], total.effect, yerr=total.half_width, fmt="o", color="0.3", ms=4
+    )
     axes[3].set(title="Together", xlim=(-0.5, 1.5))
     axes[0].set_ylabel("gain on test (points)")
     for ax in axes:
@@ -1357,8 +1363,8 @@ def examine(runs, split: Split) -> pd.DataFrame:
 
 def plot_why(history, inside, table, names=None, axes=None):
     """Four looks at overfitting: losses, epoch by epoch, medians of the seeds; accuracies where the
-    learning rate has come to zero and norms of weights, means; confidence in wrong answers, seeds as
-    dots. history: as collect gives it; inside: as examine does; table: the study."""
+    learning rate has come to zero and norms of weights, means; confidence in wrong answers.
+    history: as collect gives it; inside: as examine does; table: the study."""
     styles = _styles(inside, names)
     figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 1.9), ([1, 1], 1.9))
     curves = history.groupby(["setting", "split", "epoch"]).loss.median()  # one run may collapse

@@ -1,6 +1,6 @@
 """The report says of its tables what they say: every number in its prose, every comparison."""
-
 # ruff: noqa: E501
+
 import re
 from functools import partial
 
@@ -19,7 +19,7 @@ BOTH, ALL, WORDS = "weight_decay_batch_norm", "combined", {6: "six", 7: "seven",
 def more(table, one, other, measure="test_accuracy"):
     """The mean of one is greater than that of the other by more than chance."""
     means = table.groupby("setting")[measure].mean()
-    return means[one] - means[other] > dl.least_difference(table, measure)
+    return means[one] - means[other] > dl.tukey_hsd(table, measure)
 
 
 def alike(*args):
@@ -43,8 +43,7 @@ def study_claims(study):
     val, fit = (length[f"{name}_accuracy"].unstack("epochs") for name in ("val", "train"))
     pooled = other["Average pooling"]
     worse = {n: {*val.index[val[n] < val[16] - band]} for n in (8, 32)}
-    above = (val - fit.apply(lambda x: np.interp(x, fit.loc[NONE], val.loc[NONE]))).T
-    gain = val[32][NORM] - val[32][NONE]
+    gain, above = val[32] - val[32][NONE], (val - fit.apply(lambda x: np.interp(x, fit.loc[NONE], val.loc[NONE]))).T
     return {
         f"Differences below {100 * band:.2f} points, two standard errors": True,
         f"The study's {len(study)} runs": study.val_accuracy.notna().all(),
@@ -64,7 +63,7 @@ def study_claims(study):
         "At 16 and 32 epochs weight decay lies above the line": [*(above[DECAY] > band)] == [False, True, True],
         "Dropout lies on that line": above[DROPOUT].abs().max() < band,
         "fits as closely as no": abs(fit[32][NORM] - fit[32][NONE]) < 0.002,
-        f"has {100 * gain:.1f} points higher validation accuracy": gain > band,
+        f"has {100 * gain[NORM]:.1f} points higher validation accuracy": gain[NORM] > band,
     }
 
 
@@ -73,14 +72,14 @@ def result_claims(runs):
     mean, by = runs.groupby("setting").mean(numeric_only=True), 100 * dl.effects(runs)
     test = {name: f"{100 * value:.1f} %" for name, value in mean.test_accuracy.items()}
     add = {row: f"{value:+.2f}".replace("-", "−") for row, value in by.effect.items()}
-    half = {row: f"{value:.2f}" for row, value in by.half.items()}
+    half = {row: f"{value:.2f}" for row, value in by.half_width.items()}
     beyond, level = partial(more, runs), partial(alike, runs)
     lead = mean.test_accuracy[BOTH] - mean.test_accuracy[NONE]
     over = (runs[runs.setting == NORM].test_accuracy > mean.test_accuracy[NONE]).sum()
     narrow = {name for name in mean.index if beyond(NONE, name, "gap")}
     decayed = {name for name, setting in dl.SETTINGS.items() if setting.weight_decay}
     pair, clash = "weight_decay and batch_norm", "dropout and weight_decay"
-    helps = by[(by.effect > by.half) & by.index.str.startswith("dropout over")].index
+    helps = by[(by.effect > by.half_width) & by.index.str.startswith("dropout over")].index
     norms = runs.set_index(["setting", "seed"])[["conv1", "conv2", "fc3", "fc4", "fc5"]]
     return {
         f"Mean test accuracy is {test[NONE]} without": True,
@@ -88,17 +87,17 @@ def result_claims(runs):
         f"batch normalization, at {test[BOTH]}; all three together reach {test[ALL]}": mean.test_accuracy.idxmax() == BOTH,
         f"batch normalization reach {test[BOTH]}, a full point": round(100 * lead) == 1 and level(BOTH, ALL),
         "each bring nearly half a point and dropout nothing": by.effect[[DECAY, NORM]].between(0.4, 0.5).all(),
-        f"Means that are over {100 * dl.least_difference(runs):.2f} points apart differ by more": True,
+        f"Means that are over {100 * dl.tukey_hsd(runs):.2f} points apart differ by more": True,
         "Weight decay improves on no regularization; dropout does not": beyond(DECAY, NONE) and level(DROPOUT, NONE),
         f"falls short of that margin, although {WORDS[over]} of its eight": level(NORM, NONE),
         "Every setting with weight decay has a narrower": narrow == {DROPOUT, *decayed},
         f"adds {add[DECAY]} points and batch normalization {add[NORM]}": half[DECAY] == half[NORM],
-        f"each ± {half[NORM]} (intervals of Figure 7). Dropout adds nothing, within that margin": abs(by.effect[DROPOUT]) < by.half[DROPOUT] / 2,
+        f"each ± {half[NORM]} (intervals of Figure 7). Dropout adds nothing, within that margin": abs(by.effect[DROPOUT]) < by.half_width[DROPOUT] / 2,
         f"no accuracy here**, to within {half[DROPOUT]} points": True,
         f"regularizes.** It adds {add[DECAY]} points": True,
         f"trains better.** It adds {add[NORM]} points": True,
         f"exceeds the sum of both by {add[pair][1:]} ± {half[pair]}": True,
-        f"fall short of theirs by {add[clash][1:]} ± {half[clash]}": by.effect[clash] < -by.half[clash],
+        f"fall short of theirs by {add[clash][1:]} ± {half[clash]}": by.effect[clash] < -by.half_width[clash],
         "Dropout visibly improves only batch normalization": [*helps] == ["dropout over batch_norm"],
         "holds every layer down": all((norms.loc[x] > norms.loc[y]).to_numpy().all() for x, y in ((NONE, DECAY), (NORM, BOTH))),
         "grow several times larger": mean.fc3[NORM] > 4 * mean.fc3[NONE],
@@ -133,7 +132,7 @@ def curve_claims(history):
         "change that average by less than 0.3 points": pace[[DROPOUT, DECAY]].abs().max() < 0.003,
         "train accuracy rises faster than test accuracy to the end": (rise.train > rise.test).all(),
         f"passes {100 * level:.0f} % (not plotted), weight decay is {lead[DECAY]:.1f} test points above no regularization and batch normalization {lead[NORM]:.1f}.": all(more(fit, x, NONE, "fit") for x in (DECAY, NORM)),
-        f"more than chance, {100 * dl.least_difference(fit, 'fit'):.2f}; dropout": alike(fit, DROPOUT, NONE, "fit"),
+        f"more than chance, {100 * dl.tukey_hsd(fit, 'fit'):.2f}; dropout": alike(fit, DROPOUT, NONE, "fit"),
         "test loss is lower with weight decay, alone or beside": all(more(loss, NONE, x, "loss") for x in (DECAY, BOTH)),
         "alone do not lower it": not any(more(loss, NONE, x, "loss") for x in (DROPOUT, NORM)),
     }

@@ -28,8 +28,8 @@ BAD = {
     "train dropout --device tpu9": "this machine cannot use the device tpu9",
     "test --device cuda:99": "this machine cannot use the device cuda:99",
     "train dropout --out /proc/runs": "/proc/runs",
-    "search nowhere.csv": "nowhere.csv does not exist",
-    "search .": "has an empty name|is not the table",
+    "search nowhere.csv": "nowhere.csv is no file",
+    "search .": r"\. is no file",
     "test nowhere.pt": "nowhere.pt does not exist",
     "collect .": r"\. holds no checkpoints",
 }

@@ -54,7 +54,7 @@ def test_a_run_that_is_there_is_loaded_and_what_cannot_be_right_is_said_before_t
     with pytest.raises(PermissionError, match="cannot be written to"):
         dl.train_and_save([(setting, config)], tmp_path / "new")
     (tmp_path / "baseline.pt").rename(tmp_path / "dropout.pt")
-    with pytest.raises(ValueError, match=r"dropout.pt holds what should be called baseline.pt"):
+    with pytest.raises(ValueError, match=r"dropout.pt holds the run of baseline.pt; move"):
         dl.collect(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_a_killed_worker_is_said_with_what_to_do_and_the_rest_is_kept(tiny, tmp_
     os.kill(int(workers[0].name), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in err
-    assert re.search(r"\d runs are not finished, as a worker was killed \(short of memory\?", err)
+    assert re.search(r"not finished: \d runs, as a worker was killed \(short of memory\?", err)
     assert 1 <= len(dl.load_runs(tmp_path)) < 6
     wait_until_gone(process)
 
