@@ -7,7 +7,10 @@ import signal
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,20 +19,20 @@ from tiny import sums
 import dl_utils as dl
 
 ROOT = Path(__file__).parent.parent
-RAW = ROOT / "data/FashionMNIST/raw"
+SETTINGS = {name: replace(row, lr=0.08) for name, row in dl.SETTINGS.items()}  # for small data
+RAW, REAL_FILES = ROOT / "data/FashionMNIST/raw", dl.DATA_FILES
+
+torch.set_num_threads(1)
+# A shell starts background jobs deaf to Ctrl-C, and their children would be so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def same_conditions_everywhere():
-    torch.set_num_threads(1)
-    # A shell starts background jobs deaf to Ctrl-C, and their children would be so too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def write_tiny(raw):
-    """The four files, packed: 480 and 150 images of noise with a bright square, whose place
-    tells the class, but for every twelfth."""
-    raw.mkdir(parents=True)
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of the small data, which is Fashion-MNIST from now on: 480 and 150 images of
+    noise with a bright square, whose place tells the class, but for every twelfth."""
+    root = tmp_path_factory.mktemp("data")
+    (raw := root / "FashionMNIST/raw").mkdir(parents=True)
     for part, count, seed in (("train", 480, 1), ("t10k", 150, 2)):
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(10, (count,), generator=generator, dtype=torch.uint8)
@@ -44,28 +47,20 @@ def write_tiny(raw):
         ):
             content = gzip.compress(header + values.numpy().tobytes())
             (raw / f"{part}-{kind}-ubyte.gz").write_bytes(content)
-
-
-@pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_tiny(root / "FashionMNIST/raw")
+    dl.DATA_FILES = sums(raw)
     return root
 
 
 @pytest.fixture
-def tiny(tiny_root, monkeypatch):
-    """The folder of the small data, which is Fashion-MNIST now."""
-    monkeypatch.setattr(dl, "DATA_FILES", sums(tiny_root / "FashionMNIST/raw"))
-    dl._load_once.cache_clear()
-    return tiny_root
+def one():
+    """A thread that trains, in place of processes."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
 
 
 @pytest.fixture(scope="session")
-def splits(tiny_root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dl, "DATA_FILES", sums(tiny_root / "FashionMNIST/raw"))
-        return dl.load_fashion_mnist(tiny_root)
+def splits(tiny):
+    return dl.load_fashion_mnist(tiny)
 
 
 @pytest.fixture(scope="session")
@@ -76,29 +71,37 @@ def config():
 @pytest.fixture(scope="session")
 def trained(splits, config):
     """A short run of every setting on the small data."""
-    return {name: dl.train(row, splits, config) for name, row in dl.SETTINGS.items()}
+    return {name: dl.train(row, splits, config) for name, row in SETTINGS.items()}
 
 
 @pytest.fixture(scope="session")
 def real_splits():
     if not (RAW / "train-images-idx3-ubyte.gz").exists():
         pytest.skip("Fashion-MNIST is not in data/FashionMNIST/raw")
-    return dl.load_fashion_mnist()
+    with mock.patch.object(dl, "DATA_FILES", REAL_FILES):
+        return dl.load_fashion_mnist()
 
 
-def start(root, *arguments, script="tiny.py", **options):
+def study_rows(accuracies, part="A", setting="baseline", seed=101, **values):
+    """Rows of a study: a configuration with one seed for each validation accuracy."""
+    row = {**vars(dl.Setting("s", "s")), **vars(dl.TrainConfig()), **values}
+    row = {"part": part, "setting": setting, **{name: row[name] for name in dl.FIELDS}}
+    return [{**row, "seed": seed + i, "val_accuracy": a, "train_accuracy": a and a + 0.05,
+             "seconds": a and 1.0} for i, a in enumerate(accuracies)]  # fmt: skip
+
+
+def start(root, *arguments, **options):
     """The command line in a process of its own, with real workers, on the small data in root."""
-    command = [sys.executable, str(ROOT / "tests" / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tests/tiny.py"), *map(str, arguments)]
     environment = os.environ | {"TINY": str(root)} | options.pop("env", {})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(command, env=environment, start_new_session=True, **options)
 
 
-def run(root, *arguments, **options):
-    """The same to its end: exit code, stdout, stderr."""
-    process = start(root, *arguments, **options)
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
+def save(folder, *runs):
+    """Each run under the name that train_and_save gives it."""
+    for run in runs:
+        dl.save_checkpoint(dl.checkpoint_path(folder, run.setting, run.config), run)
 
 
 def weights_equal(a, b):

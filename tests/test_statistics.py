@@ -10,106 +10,72 @@ from scipy import stats
 
 import dl_utils as dl
 
-NAMES = {(0, 0, 0): "baseline", (1, 0, 0): "dropout", (0, 1, 0): "weight_decay",
-         (0, 0, 1): "batch_norm", (1, 1, 0): "dropout_weight_decay",
-         (1, 0, 1): "dropout_batch_norm", (0, 1, 1): "weight_decay_batch_norm",
-         (1, 1, 1): "combined"}  # fmt: skip
+D, W, B = dl.TECHNIQUES
+NAMES = {(0, 0, 0): "baseline", (1, 0, 0): D, (0, 1, 0): W, (0, 0, 1): B, (1, 1, 0): f"{D}_{W}",
+         (1, 0, 1): f"{D}_{B}", (0, 1, 1): f"{W}_{B}", (1, 1, 1): "combined"}  # fmt: skip
 
 
-@pytest.fixture
-def eight(monkeypatch):
-    """The eight settings of the factorial and a ninth that is none of them."""
-    for (d, w, b), name in NAMES.items():
-        row = dl.Setting(name, name, 0.1 * d, 0.001 * w, bool(b))
-        monkeypatch.setitem(dl.SETTINGS, name, row)
+@pytest.fixture(autouse=True)
+def ninth(monkeypatch):
+    """A setting beside the eight of the factorial."""
     monkeypatch.setitem(dl.SETTINGS, "strong", dl.Setting("strong", "Strong", dropout=0.5))
 
 
-def table_of(values):
-    """results with a row for each setting and seed of {setting: accuracies by seed}."""
-    return pd.DataFrame(
-        [(name, seed, value) for name, row in values.items() for seed, value in enumerate(row)],
-        columns=["setting", "seed", "test_accuracy"],
-    )
+def results_of(table):
+    """results of a table of accuracies, settings in columns, seeds in rows."""
+    return table.rename_axis(columns="setting", index="seed").stack().rename(
+        "test_accuracy").reset_index()  # fmt: skip
 
 
-def random_results(seed=0, runs=8):
-    noise = np.random.default_rng(seed).normal(0, 0.002, (9, runs))
-    by_seed = np.random.default_rng(seed + 1).normal(0, 0.01, runs)  # must not widen anything
-    truth = {name: 0.9 + 0.001 * d + 0.004 * w + 0.005 * b - 0.002 * w * b
-             for (d, w, b), name in NAMES.items()} | {"strong": 0.5}  # fmt: skip
-    return {name: mean + noise[k] + by_seed for k, (name, mean) in enumerate(truth.items())}
+@pytest.fixture
+def table():
+    noise = np.random.default_rng(0).normal(0, 0.002, (8, 9))
+    by_seed = np.random.default_rng(1).normal(0, 0.01, (8, 1))  # must not widen anything
+    truth = [0.9 + 0.001 * d + 0.004 * w + 0.005 * b - 0.002 * w * b for d, w, b in NAMES]
+    return pd.DataFrame(noise + by_seed + [*truth, 0.5], columns=[*NAMES.values(), "strong"])
 
 
-def test_two_settings_differ_by_tukey_where_a_paired_t_test_says_so():
-    values = {name: random_results()[name] for name in ("baseline", "dropout")}
-    differences = values["dropout"] - values["baseline"]
-    half = stats.t.ppf(0.975, 7) * differences.std(ddof=1) / math.sqrt(8)
-    assert dl.least_difference(table_of(values)) == pytest.approx(half, rel=1e-4)
+def test_eight_settings_need_a_wider_difference_and_49_degrees_of_freedom(table):
+    pairs = itertools.product(range(8), range(8))  # a two-way table by least squares
+    design = np.array([[*np.eye(8)[seed], *np.eye(8)[name][1:]] for seed, name in pairs])
+    rest = np.linalg.lstsq(design, table.drop(columns="strong").to_numpy().ravel(), rcond=None)[1]
+    expected = stats.studentized_range.ppf(0.95, 8, 49) * math.sqrt(rest.item() / 49 / 8)
+    results = results_of(table.drop(columns="strong"))
+    for more in ([], [results.iloc[[0]].assign(seed=8)]):  # one setting may have more seeds
+        assert dl.tukey_hsd(pd.concat([results, *more])) == pytest.approx(expected)
 
 
-def test_eight_settings_need_a_wider_difference_and_49_degrees_of_freedom():
-    values = random_results()
-    values.pop("strong")
-    table = pd.DataFrame(values)
-    spread, freedom = dl._spread(table)
-    model = sum(  # the same variance by least squares
-        np.linalg.lstsq(design(8, 8), table.to_numpy().T.ravel(), rcond=None)[1]
-    )
-    assert freedom == 49 and spread == pytest.approx(math.sqrt(model / 49))
-    quantile = stats.studentized_range.ppf(0.95, 8, 49)
-    assert dl.least_difference(table_of(values)) == pytest.approx(quantile * spread / math.sqrt(8))
-
-
-def design(settings, seeds):
-    """The dummy variables of a two-way table, setting by setting."""
-    pairs = itertools.product(range(settings), range(seeds))
-    return np.array([[*np.eye(settings)[i], *np.eye(seeds)[j][1:]] for i, j in pairs])
-
-
-def test_effects_of_the_factorial_are_what_went_in(eight):
-    values = random_results()
-    found = dl.effects(table_of(values))
-    table = pd.DataFrame(values)
-    on = {key: [name for flags, name in NAMES.items() if flags[k]] for k, key in enumerate(
-        dl.TECHNIQUES)}  # fmt: skip
-    for key in dl.TECHNIQUES:
-        without = [name for name in NAMES.values() if name not in on[key]]
-        differences = table[on[key]].mean(axis=1) - table[without].mean(axis=1)
-        assert found.effect[key] == pytest.approx(differences.mean())
-    single = {key: (table[key] - table.baseline).mean() for key in dl.TECHNIQUES}
-    assert found.effect["sum of single gains"] == pytest.approx(sum(single.values()))
-    gain = (table.combined - table.baseline).mean()
-    assert found.effect["gain of all three"] == pytest.approx(gain)
-    pair = "weight_decay and batch_norm"
-    more = [
-        (table[both] - table[norm]) - (table[decay] - table[none])
-        for none, decay, norm, both in (
-            ("baseline", "weight_decay", "batch_norm", "weight_decay_batch_norm"),
-            ("dropout", "dropout_weight_decay", "dropout_batch_norm", "combined"),
-        )
-    ]
-    assert found.effect[pair] == pytest.approx(sum(more).mean() / 2)
-    assert abs(found.effect[pair] + 0.002) < found.half[pair], "the truth is in the interval"
-
-
-def test_intervals_of_effects_are_as_wide_as_the_means_they_rest_on(eight):
-    values = random_results()
-    half = dl.effects(table_of(values)).half
-    spread, _ = dl._spread(pd.DataFrame(values)[list(NAMES.values())])
-    t = stats.t.ppf(0.975, 49)
+def test_effects_of_the_factorial_are_what_went_in_with_intervals_as_wide_as_their_means(table):
+    found = dl.effects(results_of(table))
+    effect, half = found.effect, found.half_width
+    for k, name in enumerate(dl.TECHNIQUES):
+        on, off = ([NAMES[f] for f in NAMES if f[k] == level] for level in (1, 0))
+        assert effect[name] == pytest.approx((table[on].mean() - table[off].mean().array).mean())
+        for before, after in zip(off, on):
+            gain = table[after].mean() - table[before].mean()
+            assert effect[f"{name} over {before}"] == pytest.approx(gain)
+    total = effect[[f"{name} over baseline" for name in dl.TECHNIQUES]].sum()
+    assert effect["sum of single gains"] == pytest.approx(total)
+    assert effect["gain of all three"] == pytest.approx((table.combined - table.baseline).mean())
+    more = [effect[f"{W} over {name}"] for name in (B, f"{D}_{B}", "baseline", D)]
+    assert effect[f"{W} and {B}"] == pytest.approx((more[0] + more[1] - more[2] - more[3]) / 2)
+    assert abs(effect[f"{W} and {B}"] + 0.002) < half[f"{W} and {B}"], "the truth is outside"
     # A main effect is a difference of two means of 32 runs, an interaction of 2 · 16 and 2 · 16.
-    assert half.dropout == pytest.approx(t * spread * math.sqrt(2 / 32))
-    assert half["dropout and batch_norm"] == pytest.approx(2 * half.dropout)
-    assert half["gain of all three"] == pytest.approx(t * spread * math.sqrt(2 / 8))
-    assert half["sum of single gains"] == pytest.approx(t * spread * math.sqrt(12 / 8))
+    t = stats.t.ppf(0.975, 49) / stats.studentized_range.ppf(0.95, 8, 49) * math.sqrt(8)
+    scale = t * dl.tukey_hsd(results_of(table.drop(columns="strong")))
+    assert half[D] == pytest.approx(scale * math.sqrt(2 / 32))
+    assert half[f"{D} and {B}"] == pytest.approx(2 * half[D])
+    assert half["gain of all three"] == pytest.approx(scale * math.sqrt(2 / 8))
+    assert half["sum of single gains"] == pytest.approx(scale * math.sqrt(12 / 8))
 
 
-def test_effects_without_one_of_the_eight_are_refused(eight):
-    values = random_results()
-    values.pop("dropout_batch_norm")
+def test_effects_of_an_incomplete_factorial_are_refused(table, monkeypatch):
     with pytest.raises(KeyError, match="dropout_batch_norm"):
-        dl.effects(table_of(values))
+        dl.effects(results_of(table.drop(columns="dropout_batch_norm")))
+    rest = {name: row for name, row in dl.SETTINGS.items() if name != "dropout_batch_norm"}
+    monkeypatch.setattr(dl, "SETTINGS", rest)  # delitem would put the row back at the end
+    with pytest.raises(ValueError, match="SETTINGS have 7 combinations of the techniques"):
+        dl.effects(results_of(table))
 
 
 def test_equal_fit_is_read_off_where_train_accuracy_first_crosses_the_level():
@@ -124,9 +90,3 @@ def test_equal_fit_is_read_off_where_train_accuracy_first_crosses_the_level():
     assert level == 0.95
     assert found["a", 0] == pytest.approx(0.85)  # half way from 0.84 to 0.86
     assert found["b", 0] == 0.70  # its first epoch is there already
-
-
-def test_effects_of_an_incomplete_factorial_are_refused(eight, monkeypatch):
-    monkeypatch.delitem(dl.SETTINGS, "dropout_batch_norm")
-    with pytest.raises(ValueError, match="SETTINGS have 7 combinations of the techniques"):
-        dl.effects(table_of(random_results()))

@@ -21,5 +21,4 @@ if "TINY" in os.environ:  # here and in the workers, which import this file as w
     dl.DATA_FILES = sums(Path(os.environ["TINY"]) / "FashionMNIST/raw")
 
 if __name__ == "__main__":
-    extra = [] if sys.argv[1] == "collect" else ["--data", os.environ["TINY"]]
-    sys.exit(dl.main([*sys.argv[1:], *extra]))
+    sys.exit(dl.main([*sys.argv[1:], "--data", os.environ["TINY"]]))
