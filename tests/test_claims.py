@@ -101,7 +101,7 @@ def result_claims(runs):
         "Dropout visibly improves only batch normalization": [*helps] == ["dropout over batch_norm"],
         "holds every layer down": all((norms.loc[x] > norms.loc[y]).to_numpy().all() for x, y in ((NONE, DECAY), (NORM, BOTH))),
         "grow several times larger": mean.fc3[NORM] > 4 * mean.fc3[NONE],
-        "is the surest of its mistakes": beyond(NORM, NONE, "confidence") and mean.confidence.idxmax() == NORM,
+        "is on average the surest of its mistakes": beyond(NORM, NONE, "confidence") and mean.confidence.idxmax() == NORM,
         "test loss is the highest while its accuracy is not": mean.test_loss.idxmax() == NORM != mean.test_accuracy.idxmin(),
         "which is not normalized, has larger weights than in any other setting": mean.fc5.idxmax() == NORM,
         "All three together, at a strength and rate of their own, gain nothing": level(BOTH, ALL),
@@ -127,6 +127,7 @@ def curve_claims(history):
     return {
         f"change no mean test accuracy by more than {100 * kept.groupby('setting').mean().abs().max():.2f} points": True,
         f"in {WORDS[faster.sum()]} of the eight seeds": [*faster.index[~faster]] == [7],
+        f"collapses early and recovers to {100 * last.test[NORM, 7]:.1f} %": True,
         "seed 7, collapses in its third": split.test[NORM, 7, 3] < split.test[NORM, 7, 2] - 0.1,
         "ends with the lowest train accuracy of all": last.train.idxmin() == (NORM, 7),
         "change that average by less than 0.3 points": pace[[DROPOUT, DECAY]].abs().max() < 0.003,
