@@ -425,14 +425,18 @@ def _download(folder: Path, name: str) -> bytearray:
 def classify(model: nn.Module, picture) -> pd.Series:
     """Probabilities of the classes for one picture, the most probable first.
     picture: an image file, or an array (H, W) or (H, W, 3), uint8 or from 0 to 1. It is made what
-    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28."""
+    Fashion-MNIST has: grey, bright on black (inverted where its border is bright), 28 x 28. Raises
+    ValueError for an array that is none of these, such as standardized images."""
     from PIL import Image, ImageOps  # slow to import
 
     if isinstance(picture, (str, os.PathLike)):
         image = ImageOps.exif_transpose(Image.open(picture)).convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(picture).squeeze()
-    pixels = (pixels * (255 if pixels.dtype.kind == "f" else 1)).astype("uint8")
+    scale = 1 if pixels.dtype == np.uint8 else 255
+    if pixels.ndim not in (2, 3) or pixels.min() < 0 or pixels.max() * scale > 255:
+        raise ValueError("a picture is an array (H, W) or (H, W, 3), uint8 or from 0 to 1")
+    pixels = (pixels * scale).astype("uint8")
     pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).mean() > 127:
         pixels = 255 - pixels
@@ -696,8 +700,11 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
         if path.exists():
             results[job] = run = load_checkpoint(path)
             if (run.setting, run.config) != job:
-                raise ValueError(f"{path} holds another run, {run.setting}, {run.config}; choose "
-                                 "another folder, or move this file away")  # fmt: skip
+                there, asked = (vars(a) | vars(b) for a, b in ((run.setting, run.config), job))
+                differ = [f"{key} is {there[key]}, not {asked[key]}" for key in FIELDS
+                          if there[key] != asked[key]]  # fmt: skip
+                raise ValueError(f"{path} holds another run: {', '.join(differ)}; choose another "
+                                 "folder")  # fmt: skip
     new = [job for job in paths if job not in results]
     runs = train_many(new, on_finish=lambda i, run: save_checkpoint(paths[new[i]], run), **options)
     results.update(zip(new, runs))
@@ -1275,6 +1282,7 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
     curves = 100 * history.groupby(["setting", "split", "epoch"]).accuracy.agg(
         mean="mean", low="min", high="max")  # fmt: skip
     epochs = {"xlabel": "epoch", "xticks": [1, *range(4, max(history.epoch) + 1, 4)]}
+    bottom = min(78, curves.loc[[*styles], "mean"].groupby("setting").max().min() - 4)
     figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.5)])
     last = axes[len(styles)]
     for ax, (name, (label, color)) in zip(axes, styles.items()):
@@ -1285,7 +1293,7 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
             ax.fill_between(curve.index, curve.low, curve.high, color=color, alpha=0.25, lw=0)
         last.plot(curve["mean"], **line)
         ends.append((curve["mean"].iloc[-1], label, color))
-        ax.set(title=label, ylim=(78, 100), ylabel="accuracy (%)", **epochs)
+        ax.set(title=label, ylim=(bottom, 100), ylabel="accuracy (%)", **epochs)
         ax.legend(loc="lower right")
     last.set(title="Test, means", ylim=(min(ends)[0] - 4, max(ends)[0] + 0.6), **epochs)
     _label_ends(last, ends)

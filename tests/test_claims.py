@@ -27,8 +27,7 @@ def alike(*args):
 
 
 # fmt: off
-def study_claims(study):
-    """Pairs: what the report says, whether it is so."""
+def study_claims(study):  # what the report says, whether it is so
     band, best = dl.noise_band(study), dl.best_cells(study)
     grids = study[study.part.isin(["A", "D"])]
     cells = grids.groupby(["setting", *dl.CELL]).val_accuracy.mean()
@@ -73,8 +72,7 @@ def result_claims(runs):
     add = {row: f"{value:+.2f}".replace("-", "−") for row, value in by.effect.items()}
     half = {row: f"{value:.2f}" for row, value in by.half_width.items()}
     beyond, level = partial(more, runs), partial(alike, runs)
-    lead = mean.test_accuracy[BOTH] - mean.test_accuracy[NONE]
-    over = (runs[runs.setting == NORM].test_accuracy > mean.test_accuracy[NONE]).sum()
+    lead, over = mean.test_accuracy[BOTH] - mean.test_accuracy[NONE], (runs[runs.setting == NORM].test_accuracy > mean.test_accuracy[NONE]).sum()
     narrow = {name for name in mean.index if beyond(NONE, name, "gap")}
     decayed = {name for name, setting in dl.SETTINGS.items() if setting.weight_decay}
     pair, clash = "weight_decay and batch_norm", "dropout and weight_decay"
@@ -111,7 +109,6 @@ def result_claims(runs):
 
 
 def curve_claims(history):
-    """Of accuracy and loss by epoch; where runs fit alike."""
     wide = history.pivot(index=["setting", "seed", "epoch"], columns="split", values=["accuracy", "loss"])
     split, loss = wide.accuracy, wide.loss
     last, runs = split.xs(16, level="epoch"), ["setting", "seed"]

@@ -120,3 +120,6 @@ def test_a_picture_of_ones_own_is_classified(splits, trained, tmp_path):
         assert found.index[0] == dl.CLASSES[int(splits["test"].labels[1])]
         assert found.is_monotonic_decreasing and len(found) == 10
         assert found.sum() == pytest.approx(1, abs=1e-5)
+    for wrong in (splits["test"].images[1], 255 * image, grey[0]):
+        with pytest.raises(ValueError, match="a picture is an array"):
+            dl.classify(trained["baseline"].model, wrong)

@@ -40,7 +40,7 @@ def test_cells_are_short_and_define_nothing():
 
 
 def test_what_is_shown_are_the_saved_runs_and_the_theory_of_its_file():
-    assert 'os.environ.get("RUNS", "weights")' in SOURCES[0]
+    assert 'os.environ.get("RUNS") or "weights"' in SOURCES[0]
     assert any((ROOT / "theory.md").read_text(encoding="utf-8").strip() in text for text in SHOWN)
 
 
@@ -81,9 +81,7 @@ def test_every_choice_in_settings_follows_from_the_study_by_its_rules(study):
     for name, setting in dl.SETTINGS.items():
         assert list(best.loc[name, dl.STRENGTHS]) == [getattr(setting, key) for key in dl.STRENGTHS]
     fixed = best[[name for name in dl.SHARED if name != "seed"]].drop_duplicates()
-    assert [*map(vars(dl.TrainConfig()).get, fixed)] == fixed.to_numpy().tolist()[0] and len(
-        fixed
-    ) == 1
+    assert [[*map(vars(dl.TrainConfig()).get, fixed)]] == fixed.to_numpy().tolist()
     assert (dl.alternatives(study).mean(axis=1) < dl.noise_band(study)).all(), "rule 2"
 
 
