@@ -703,8 +703,8 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
                 there, asked = (vars(a) | vars(b) for a, b in ((run.setting, run.config), job))
                 differ = [f"{key} is {there[key]}, not {asked[key]}" for key in FIELDS
                           if there[key] != asked[key]]  # fmt: skip
-                raise ValueError(f"{path} holds another run: {', '.join(differ)}; choose another "
-                                 "folder")  # fmt: skip
+                text = f"{path} holds another run: {', '.join(differ)}"
+                raise ValueError(f"{text}; choose another folder")
     new = [job for job in paths if job not in results]
     runs = train_many(new, on_finish=lambda i, run: save_checkpoint(paths[new[i]], run), **options)
     results.update(zip(new, runs))
@@ -827,9 +827,8 @@ def noise_band(table: pd.DataFrame) -> float:
     part = table[table.part == "A"]
     cells = part.pivot(index="seed", columns=["setting", *CELL], values="val_accuracy")
     best = cells.mean().groupby("setting").transform("max")
-    return (
-        2 * math.sqrt(2 / len(cells)) * _residual_std(cells.loc[:, cells.mean() >= best - 0.01])[0]
-    )
+    spread, _ = _residual_std(cells.loc[:, cells.mean() >= best - 0.01])
+    return 2 * math.sqrt(2 / len(cells)) * spread
 
 
 def alternatives(table: pd.DataFrame) -> pd.DataFrame:
@@ -1342,10 +1341,8 @@ def plot_additivity(results: pd.DataFrame, axes=None):
         ax.axhline(table.effect[technique], color=color, lw=1)
         ax.errorbar(ticks, rows.effect, yerr=rows.half_width, fmt="o", color=color, ms=4)
         ax.set(title=f"{label} ({label[0]})", xlabel="others that are on", xlim=(-0.5, 3.5))
-    total = table.loc[["sum of single gains", "gain of all three"]]
-    axes[3].errorbar(
-        ["sum", "all"], total.effect, yerr=total.half_width, fmt="o", color="0.3", ms=4
-    )
+    rows = table.loc[["sum of single gains", "gain of all three"]]
+    axes[3].errorbar(["sum", "all"], rows.effect, yerr=rows.half_width, fmt="o", color="0.3", ms=4)
     axes[3].set(title="Together", xlim=(-0.5, 1.5))
     axes[0].set_ylabel("gain on test (points)")
     for ax in axes:
@@ -1391,10 +1388,11 @@ def plot_why(history, inside, table, names=None, axes=None):
         _dots(sure, 100 * own.confidence, y, color)
         sure.get_yticklabels()[y].set_color(color)
     right = 0.9 * curves.xs("train", level="split").min()
-    losses.set(xscale="log", xlim=(0.45, right), ylim=(None, 0.42), ylabel="loss on test")
+    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)",
+               ylabel="loss on test", xscale="log",
+               xlim=(0.45, right), ylim=(None, 0.42))  # fmt: skip
     losses.set_xticks(ticks := [x for x in (0.4, 0.2, 0.1, 0.05, 0.025) if x > right], ticks)
     losses.minorticks_off()
-    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)")
     fits.set(title="At equal fit: 8, 16, 32 epochs", xlabel="train accuracy (%)",
              ylabel="validation accuracy (%)")  # fmt: skip
     norms.set(title="Norm of each layer's weights", yscale="log")
