@@ -107,21 +107,34 @@ class TrainConfig:
     __post_init__ = _check_fields
 
 
-SETTINGS = {setting.name: setting for setting in (
-    Setting("baseline", "No regularization", lr=0.04),
-    Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
-    Setting("weight_decay", "Weight decay", weight_decay=0.001, lr=0.08),
-    Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
-    Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 0.001, lr=0.08),
-    Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0.0, True, lr=0.64),
-    Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0.0, 0.001, True, lr=0.32),
-    Setting("combined", "All three", 0.2, 0.002, True, lr=0.04),
-)}  # fmt: skip
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("baseline", "No regularization", lr=0.04),
+        Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
+        Setting("weight_decay", "Weight decay", weight_decay=0.001, lr=0.08),
+        Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
+        Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 0.001, lr=0.08),
+        Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0.0, True, lr=0.64),
+        Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0.0, 0.001, True, lr=0.32),
+        Setting("combined", "All three", 0.2, 0.002, True, lr=0.04),
+    )
+}
 
 # ---------------------------------------------------------------------------------- data
 
-CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat",
-           "sandal", "shirt", "sneaker", "bag", "ankle boot")  # fmt: skip
+CLASSES = (
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 MEAN, STD = 0.2860, 0.3530  # of the pixels of the 60,000 training images, scaled to 0..1
 
 
@@ -139,10 +152,15 @@ def load_fashion_mnist(root=None, seed: int = 0) -> dict[str, Split]:
     pixels, labels, *test = read_data_files(root)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     val, train = order.tensor_split([len(labels) // 12])
-    parts = {"train": (pixels[train], labels[train]), "val": (pixels[val], labels[val]),
-             "test": test}  # fmt: skip
-    return {name: Split(pixels.float().div_(255).sub_(MEAN).div_(STD), labels.long())
-            for name, (pixels, labels) in parts.items()}  # fmt: skip
+    parts = {
+        "train": (pixels[train], labels[train]),
+        "val": (pixels[val], labels[val]),
+        "test": test,
+    }
+    return {
+        name: Split(pixels.float().div_(255).sub_(MEAN).div_(STD), labels.long())
+        for name, (pixels, labels) in parts.items()
+    }
 
 
 def minibatches(split: Split, batch_size: int, generator: torch.Generator):
@@ -297,8 +315,15 @@ def layer_norms(model: LeNet5) -> list[tuple[str, float, float]]:
     return [(name, layer.weight.norm().item(), layer.bias.norm().item()) for name, layer in layers]
 
 
-def train(setting: Setting, splits: dict[str, Split], config: TrainConfig | None = None, *,
-          device=None, every_epoch: bool = True, progress=None) -> Checkpoint:  # fmt: skip
+def train(
+    setting: Setting,
+    splits: dict[str, Split],
+    config: TrainConfig | None = None,
+    *,
+    device=None,
+    every_epoch: bool = True,
+    progress=None,
+) -> Checkpoint:
     """Train one setting from scratch on splits["train"]; the last epoch is the model.
 
     All splits given are measured after every epoch or, without every_epoch, after the last.
@@ -310,8 +335,10 @@ def train(setting: Setting, splits: dict[str, Split], config: TrainConfig | None
     device = find_device(device)
     images = len(splits["train"].labels)
     if setting.batch_norm and (images - 1) % config.batch_size == 0:
-        raise ValueError(f"batch norm cannot train on one image, the last batch of {images} images "
-                         f"in batches of {config.batch_size}; choose another batch_size")  # fmt: skip
+        raise ValueError(
+            f"batch norm cannot train on one image, the last batch of {images} images "
+            f"in batches of {config.batch_size}; choose another batch_size"
+        )
     splits = {name: Split(*(part.to(device) for part in split)) for name, split in splits.items()}
     rows = []
     with reproducible(device):
@@ -337,8 +364,12 @@ def train(setting: Setting, splits: dict[str, Split], config: TrainConfig | None
                 progress()
         seconds = round(time.process_time() - start, 1)
     history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
-    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                "cpu": torch.backends.cpu.get_cpu_capability(), "device": str(device)}  # fmt: skip
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": str(device),
+    }
     norms = pd.DataFrame(norms, columns=["epoch", "layer", "weight", "bias"])
     return Checkpoint(model.eval(), setting, config, history, metrics, seconds, versions, norms)
 
@@ -402,8 +433,10 @@ def read_data_files(root=None) -> list[Tensor]:
         paths = [*folder.glob(name), *folder.glob(f"{name}.gz")]
         content = next(filter(None, (_unpack(path.read_bytes(), name) for path in paths)), None)
         if paths and not content:
-            raise ValueError(f"{paths[-1]} does not hold what Fashion-MNIST holds; put the "
-                             "original there, or move it away: it is downloaded again")  # fmt: skip
+            raise ValueError(
+                f"{paths[-1]} does not hold what Fashion-MNIST holds; put the "
+                "original there, or move it away: it is downloaded again"
+            )
         content = content or _download(folder, name)
         header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
         tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(-1, *shape))
@@ -434,8 +467,10 @@ def _download(folder: Path, name: str) -> bytearray:
             write_file(folder / f"{name}.gz", packed)
             return content
     missing = [f"{name}.gz" for name in DATA_FILES if not any(folder.glob(f"{name}*"))]
-    raise OSError(f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
-                  f"put {', '.join(missing)} there")  # fmt: skip
+    raise OSError(
+        f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
+        f"put {', '.join(missing)} there"
+    )
 
 
 def classify(model: nn.Module, picture) -> pd.Series:
@@ -513,10 +548,18 @@ def load_checkpoint(path, device="cpu") -> Checkpoint:
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
     state = {key: value.cpu() for key, value in checkpoint.model.state_dict().items()}
     metrics = {name: list(metrics) for name, metrics in checkpoint.metrics.items()}
-    payload = {"format": FORMAT, "version": VERSION, "setting": asdict(checkpoint.setting),
-               "config": asdict(checkpoint.config), "history": checkpoint.history.to_dict("list"),
-               "metrics": metrics, "seconds": checkpoint.seconds, "versions": checkpoint.versions,
-               "norms": checkpoint.norms.to_dict("list"), "state_dict": state}  # fmt: skip
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "setting": asdict(checkpoint.setting),
+        "config": asdict(checkpoint.config),
+        "history": checkpoint.history.to_dict("list"),
+        "metrics": metrics,
+        "seconds": checkpoint.seconds,
+        "versions": checkpoint.versions,
+        "norms": checkpoint.norms.to_dict("list"),
+        "state_dict": state,
+    }
     torch.save(payload, buffer := io.BytesIO())
     return buffer.getvalue()
 
@@ -527,8 +570,9 @@ def _from_bytes(content: bytes) -> Checkpoint:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError("it holds Python objects, whose code is not run; save a state_dict() "
-                         "instead") from error  # fmt: skip
+        raise ValueError(
+            "it holds Python objects, whose code is not run; save a state_dict() instead"
+        ) from error
     except Exception as error:  # a damaged archive fails in any of a dozen ways
         raise ValueError("it is damaged, or no zip file as torch.save writes") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -564,8 +608,16 @@ def _wrap_state_dict(state) -> dict:
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): state[key] for key in state}
     norm = "layers.norm1.weight" in state
     setting = {"name": "state_dict", "label": "Weights", "batch_norm": norm}
-    return {"version": VERSION, "setting": setting, "config": {}, "history": {}, "metrics": {},
-            "seconds": math.nan, "versions": {}, "state_dict": state}  # fmt: skip
+    return {
+        "version": VERSION,
+        "setting": setting,
+        "config": {},
+        "history": {},
+        "metrics": {},
+        "seconds": math.nan,
+        "versions": {},
+        "state_dict": state,
+    }
 
 
 # ------------------------------------------------------------------------------ many runs
@@ -592,8 +644,9 @@ def usable_workers(root="/") -> int:
     return max(1, int(min(limits)))
 
 
-def train_many(jobs, executor: Executor | None = None, *, workers: int | None = None,
-               on_finish=None, **options) -> list[Checkpoint | Exception]:  # fmt: skip
+def train_many(
+    jobs, executor: Executor | None = None, *, workers: int | None = None, on_finish=None, **options
+) -> list[Checkpoint | Exception]:
     """Train independent jobs, (setting, config), in parallel, each on the data of its seed.
     Returns the checkpoints in the order of jobs.
 
@@ -633,9 +686,11 @@ def train_many(jobs, executor: Executor | None = None, *, workers: int | None = 
                     print(f"{setting.name}, seed {config.seed}{outcome}", file=file, flush=True)
             bar.update(0 if local else config.epochs)
     if killed := sum(isinstance(result, BrokenExecutor) for result in results):
-        print(f"not finished: {killed} runs, as a worker was killed (short of memory? try fewer "
-              "workers) or could not start (a script needs if __name__ == '__main__')",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"not finished: {killed} runs, as a worker was killed (short of memory? try fewer "
+            "workers) or could not start (a script needs if __name__ == '__main__')",
+            file=sys.stderr,
+        )
     return results
 
 
@@ -718,8 +773,11 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint | Exceptio
             results[job] = run = load_checkpoint(path)
             if (run.setting, run.config) != job:
                 there, asked = (vars(a) | vars(b) for a, b in ((run.setting, run.config), job))
-                differ = [f"{key} is {there[key]}, not {asked[key]}" for key in FIELDS
-                          if there[key] != asked[key]]  # fmt: skip
+                differ = [
+                    f"{key} is {there[key]}, not {asked[key]}"
+                    for key in FIELDS
+                    if there[key] != asked[key]
+                ]
                 text = f"{path} holds another run: {', '.join(differ)}"
                 raise ValueError(f"{text}; choose another folder")
     new = [job for job in paths if job not in results]
@@ -750,8 +808,11 @@ def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows, histories = [], []
     for run in load_runs(folder):
         key = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
-        measured = {f"{split}_{measure}": value for split, metrics in run.metrics.items()
-                    for measure, value in metrics._asdict().items()}  # fmt: skip
+        measured = {
+            f"{split}_{measure}": value
+            for split, metrics in run.metrics.items()
+            for measure, value in metrics._asdict().items()
+        }
         rows.append({**key, **measured, "seconds": run.seconds})
         histories.append(run.history.assign(**key))
     return pd.DataFrame(rows), pd.concat(histories, ignore_index=True)
@@ -811,8 +872,10 @@ def read_study(path=STUDY) -> pd.DataFrame:
     except ValueError as error:
         raise ValueError(f"{path} is not the table of a study: {error}") from error
     if [*table] != [*RUN, *OUTCOME]:
-        raise ValueError(f"{path} has the columns {', '.join(table)}; expected, between commas, "
-                         f"{', '.join([*RUN, *OUTCOME])}")  # fmt: skip
+        raise ValueError(
+            f"{path} has the columns {', '.join(table)}; expected, between commas, "
+            f"{', '.join([*RUN, *OUTCOME])}"
+        )
     for column in [*FIELDS, *OUTCOME]:
         if column in ("batch_norm", "optimizer"):
             continue  # words, which Setting and TrainConfig check
@@ -1065,10 +1128,14 @@ def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float)
     root = ((x - mean).square().mean() + eps).sqrt()
     x_hat = (x - mean) / root
     d_gamma, d_beta, d_x_hat = (upstream * x_hat).sum(), upstream.sum(), gamma * upstream
-    return {"gamma": d_gamma, "beta": d_beta, "x_hat": d_x_hat,
-            "variance": -(d_x_hat * (x - mean)).sum() / (2 * root**3),
-            "mean": -d_x_hat.sum() / root,
-            "x": gamma / (m * root) * (m * upstream - d_beta - x_hat * d_gamma)}  # fmt: skip
+    return {
+        "gamma": d_gamma,
+        "beta": d_beta,
+        "x_hat": d_x_hat,
+        "variance": -(d_x_hat * (x - mean)).sum() / (2 * root**3),
+        "mean": -d_x_hat.sum() / root,
+        "x": gamma / (m * root) * (m * upstream - d_beta - x_hat * d_gamma),
+    }
 
 
 # --------------------------------------------------------------------------- command line
@@ -1095,8 +1162,12 @@ def build_parser() -> argparse.ArgumentParser:
     option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
     option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
     option = add(_test_command, "test", "measure saved runs; exit code 1: not as recorded", where)
-    option("paths", nargs="*", metavar="PATH",
-           help="files, names, or folders, of which the lowest seed counts (weights/)")  # fmt: skip
+    option(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files, names, or folders, of which the lowest seed counts (weights/)",
+    )
     option = add(_search_command, "search", "run what a study lacks", where, speed)
     option("table", nargs="?", default=STUDY, help="a CSV file (weights/search.csv)")
     add(_collect_command, "collect", "write results.csv of a folder of runs")("folder")
@@ -1141,8 +1212,10 @@ def _test_command(args) -> int:
         rows.append(row)
     print(pd.DataFrame(rows).to_string(index=False), *differing, sep="\n")
     if bare := [str(file) for file, run in runs.values() if not run.metrics]:
-        print(f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken for "
-              "a network with ReLU, maximum pooling and norm after the activation.")  # fmt: skip
+        print(
+            f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken for "
+            "a network with ReLU, maximum pooling and norm after the activation."
+        )
     if len(bare) < len(runs):
         verdict = "DIFFER from" if differing else "equal, to within one image,"
         print(f"The measured accuracies {verdict} what the files recorded.")
@@ -1191,8 +1264,20 @@ def main(argv: list[str] | None = None) -> int:
 # ---------------------------------------------------------------------- tables and figures
 
 # Colours of settings; the first eight are for colour-blind readers (after Okabe and Ito).
-PALETTE = ("#000000", "#E69F00", "#009E73", "#0072B2", "#8C6D1F", "#D55E00", "#56B4E9", "#CC79A7",
-           "#7F7F7F", "#A50026", "#5E3C99", "#1B7837")  # fmt: skip
+PALETTE = (
+    "#000000",
+    "#E69F00",
+    "#009E73",
+    "#0072B2",
+    "#8C6D1F",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+    "#7F7F7F",
+    "#A50026",
+    "#5E3C99",
+    "#1B7837",
+)
 
 
 def prepare_notebook() -> None:
@@ -1302,8 +1387,11 @@ def plot_architecture(model: LeNet5, axes=None):
     figure, (ax,) = _panels(axes, ([1], 1.7))
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
     stages, x = [("image", (1, 1, 28, 28), 0)], 0.0
-    stages += [(names[layer[:-1]], *rest) for layer, *rest in layer_summary(model).to_numpy()
-               if layer[:-1] in names]  # fmt: skip
+    stages += [
+        (names[layer[:-1]], *rest)
+        for layer, *rest in layer_summary(model).to_numpy()
+        if layer[:-1] in names
+    ]
     for name, (_, *shape), parameters in stages:
         count, height, width = shape if len(shape) == 3 else (1, shape[0] / 3, 3)
         step = 10 / max(count, 8)  # from one map to the next
@@ -1345,8 +1433,11 @@ def plot_grids(table: pd.DataFrame, axes=None):
             if value >= best[grid.index[y][0]] - band:
                 width = 1.8 if (*grid.index[y], grid.columns[x]) in chosen else 0.6
                 ax.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, lw=width))
-        levels = ["\n".join(f"{value:g}".lstrip("0") for value in strengths if value)
-                  or ("on" if norm else "off") for _, *strengths, norm in grid.index]  # fmt: skip
+        levels = [
+            "\n".join(f"{value:g}".lstrip("0") for value in strengths if value)
+            or ("on" if norm else "off")
+            for _, *strengths, norm in grid.index
+        ]
         marks = {"p": SETTINGS[name].dropout, "λ": SETTINGS[name].weight_decay}
         rates = [f"{lr:g}".lstrip("0") for lr in grid]
         ax.set_xticks(range(len(rates)), rates)
@@ -1367,8 +1458,11 @@ def plot_choices(table: pd.DataFrame, axes=None):
     for y, row in enumerate(differences.to_numpy()):
         _dots(left, row, y, "black")
     left.set_yticks(range(len(differences)), differences.index)
-    left.set(title="One choice changed", xlabel="validation accuracy, difference in points",
-             ylim=(-0.6, len(differences) - 0.4))  # fmt: skip
+    left.set(
+        title="One choice changed",
+        xlabel="validation accuracy, difference in points",
+        ylim=(-0.6, len(differences) - 0.4),
+    )
     ends, styles = [], _styles(table.assign(label=table.setting.map(lambda n: SETTINGS[n].label)))
     for name, runs in lengths(table).groupby("setting"):
         means = 100 * runs.groupby("epochs").val_accuracy.mean()
@@ -1388,7 +1482,8 @@ def plot_convergence(history: pd.DataFrame, names=None, axes=None):
     history: as collect gives it. names: of the settings to show, by default all there are."""
     styles, ends = _styles(history, names), []
     curves = 100 * history.groupby(["setting", "split", "epoch"]).accuracy.agg(
-        mean="mean", low="min", high="max")  # fmt: skip
+        mean="mean", low="min", high="max"
+    )
     epochs = {"xlabel": "epoch", "xticks": [1, *range(4, max(history.epoch) + 1, 4)]}
     bottom = min(78, curves.loc[[*styles], "mean"].groupby("setting").max().min() - 4)
     figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.5)])
@@ -1422,8 +1517,14 @@ def plot_results(results: pd.DataFrame, axes=None):
         test, train = runs.mean()
         left.plot(runs.test_accuracy, [y - 0.17] * len(runs), "o", color=color, ms=3, alpha=0.6)
         left.errorbar(test, y + 0.17, xerr=half, fmt="|", color=color, elinewidth=2.5, ms=7)
-        left.annotate(f"{test:.2f}", (test + np.nan_to_num(half), y + 0.17), (3, 0),
-                      textcoords="offset points", fontsize=7, va="center")  # fmt: skip
+        left.annotate(
+            f"{test:.2f}",
+            (test + np.nan_to_num(half), y + 0.17),
+            (3, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+        )
         right.plot([test, train], [y, y], color=color, lw=3, alpha=0.5)
         right.plot(runs, [[y, y]] * len(runs), ".", color=color, ms=3)
         right.text((test + train) / 2, y - 0.12, f"{train - test:.1f}", fontsize=7, ha="center")
@@ -1440,8 +1541,10 @@ def plot_additivity(results: pd.DataFrame, axes=None):
     test accuracy of each setting without it, in points, and as a line the mean of the four. Last,
     the sum of the single gains and the gain of all three. With the intervals of effects."""
     table = 100 * effects(results)
-    on = {name: [SETTINGS[other].label[0] for other in TECHNIQUES if getattr(setting, other)]
-          for name, setting in SETTINGS.items()}  # fmt: skip
+    on = {
+        name: [SETTINGS[other].label[0] for other in TECHNIQUES if getattr(setting, other)]
+        for name, setting in SETTINGS.items()
+    }
     figure, axes = _panels(axes, ([4, 4, 4, 2], 1.9), sharey=True)
     for ax, technique in zip(axes, TECHNIQUES):
         rows = table[table.index.str.startswith(f"{technique} over ")]
@@ -1490,20 +1593,32 @@ def plot_why(history, inside, table, names=None, axes=None):
         losses.plot(train, test, color=color)
         losses.plot(train.iloc[-1], test.iloc[-1], "o", color=color, ms=4)
         if name in length.index:
-            fits.plot(*length.loc[name, ["train_accuracy", "val_accuracy"]].T.to_numpy(), "o-",
-                      color=color, ms=4)  # fmt: skip
+            fits.plot(
+                *length.loc[name, ["train_accuracy", "val_accuracy"]].T.to_numpy(),
+                "o-",
+                color=color,
+                ms=4,
+            )
         own = inside[inside.setting == name]
         norms.plot(layers, own[layers].mean(), "o-", color=color, ms=3)
         _dots(sure, 100 * own.confidence, y, color)
         sure.get_yticklabels()[y].set_color(color)
     right = 0.9 * curves.xs("train", level="split").min()
-    losses.set(title="Test loss against train loss", xlabel="loss on train (falls to the right)",
-               ylabel="loss on test", xscale="log",
-               xlim=(0.45, right), ylim=(None, 0.42))  # fmt: skip
+    losses.set(
+        title="Test loss against train loss",
+        xlabel="loss on train (falls to the right)",
+        ylabel="loss on test",
+        xscale="log",
+        xlim=(0.45, right),
+        ylim=(None, 0.42),
+    )
     losses.set_xticks(ticks := [x for x in (0.4, 0.2, 0.1, 0.05, 0.025) if x > right], ticks)
     losses.minorticks_off()
-    fits.set(title="At equal fit: 8, 16, 32 epochs", xlabel="train accuracy (%)",
-             ylabel="validation accuracy (%)")  # fmt: skip
+    fits.set(
+        title="At equal fit: 8, 16, 32 epochs",
+        xlabel="train accuracy (%)",
+        ylabel="validation accuracy (%)",
+    )
     norms.set(title="Norm of each layer's weights", yscale="log")
     norms.set_yticks(ticks := [3, 10, 30, 100], ticks)
     norms.minorticks_off()
@@ -1536,8 +1651,12 @@ def plot_errors(model: nn.Module, split: Split, axes=None):
 
 
 # The interface is what is defined here, not what is imported.
-__all__ = sorted(name for name, value in globals().items() if name[0] != "_" and (
-    (name.isupper() and name != "F") or getattr(value, "__module__", 0) == __name__))  # fmt: skip
+__all__ = sorted(
+    name
+    for name, value in globals().items()
+    if name[0] != "_"
+    and ((name.isupper() and name != "F") or getattr(value, "__module__", 0) == __name__)
+)
 __dir__ = __all__.copy
 
 if __name__ == "__main__":

@@ -96,8 +96,13 @@ def seconds(function):
 
 
 def command(*arguments):
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def two_runs(workers):
@@ -135,27 +140,50 @@ def main():
         train, test = (DataLoader(data, 128, shuffle=data.train) for data in sets)
         both = functools.partial
         cpu = torch.backends.cpu.get_cpu_capability()
-        print(f"Python {platform.python_version()}, torch {torch.__version__}, {cpu}, "
-              f"{os.cpu_count()} cores, {rounds} rounds\n")  # fmt: skip
+        print(
+            f"Python {platform.python_version()}, torch {torch.__version__}, {cpu}, "
+            f"{os.cpu_count()} cores, {rounds} rounds\n"
+        )
         print("| times, one thread | median ratio | least to greatest |\n|:--|--:|--:|")
-        compare("tutorial / ours, an epoch of training", rounds,
-                both(tutorial_train, train), both(our_train, parts[0]))  # fmt: skip
-        compare("tutorial / ours, measuring train and test", rounds,
-                both(tutorial_measure, (train, test)), both(our_measure, parts))  # fmt: skip
         compare(
-            "tutorial / ours, both together", rounds,
+            "tutorial / ours, an epoch of training",
+            rounds,
+            both(tutorial_train, train),
+            both(our_train, parts[0]),
+        )
+        compare(
+            "tutorial / ours, measuring train and test",
+            rounds,
+            both(tutorial_measure, (train, test)),
+            both(our_measure, parts),
+        )
+        compare(
+            "tutorial / ours, both together",
+            rounds,
             lambda: [tutorial_train(train), tutorial_measure((train, test))][0],
             lambda: [our_train(parts[0]), our_measure(parts)][0],
-        )  # fmt: skip
-        compare("an epoch / its multiply-adds as a matrix product", rounds,
-                both(our_train, parts[0]), product)  # fmt: skip
+        )
+        compare(
+            "an epoch / its multiply-adds as a matrix product",
+            rounds,
+            both(our_train, parts[0]),
+            product,
+        )
         compare("two runs, one worker / two workers", rounds, both(two_runs, 1), both(two_runs, 2))
         imports = both(command, "-c", "import torch")
-        compare("`test` of one file / import of torch", rounds,
-                both(command, "dl_utils.py", "test", "weights/dropout.pt"), imports)  # fmt: skip
+        compare(
+            "`test` of one file / import of torch",
+            rounds,
+            both(command, "dl_utils.py", "test", "weights/dropout.pt"),
+            imports,
+        )
         notebook = ["--to", "notebook", "--execute", "--output-dir", folder, "EX1.ipynb"]
-        compare("the notebook / import of torch", rounds,
-                both(command, "-m", "jupyter", "nbconvert", *notebook), imports)  # fmt: skip
+        compare(
+            "the notebook / import of torch",
+            rounds,
+            both(command, "-m", "jupyter", "nbconvert", *notebook),
+            imports,
+        )
 
 
 if __name__ == "__main__":

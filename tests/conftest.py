@@ -86,8 +86,16 @@ def study_rows(accuracies, part="A", setting="baseline", seed=101, **values):
     """Rows of a study: a configuration with one seed for each validation accuracy."""
     row = {**vars(dl.Setting("s", "s")), **vars(dl.TrainConfig()), **values}
     row = {"part": part, "setting": setting, **{name: row[name] for name in dl.FIELDS}}
-    return [{**row, "seed": seed + i, "val_accuracy": a, "train_accuracy": a and a + 0.05,
-             "seconds": a and 1.0} for i, a in enumerate(accuracies)]  # fmt: skip
+    return [
+        {
+            **row,
+            "seed": seed + i,
+            "val_accuracy": a,
+            "train_accuracy": a and a + 0.05,
+            "seconds": a and 1.0,
+        }
+        for i, a in enumerate(accuracies)
+    ]
 
 
 def start(root, *arguments, **options):

@@ -90,10 +90,14 @@ def test_files_folders_and_names_are_tested_and_a_difference_is_said_in_images(
         assert re.search(f"{dl.SETTINGS[name].label} +{values}", out), out
 
 
-@pytest.mark.parametrize(("error", "start"), [
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "dl_utils.py: out of memory"),
-    (MemoryError(), "dl_utils.py: out of memory; close"), (ZeroDivisionError(), "Traceback"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "start"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "dl_utils.py: out of memory"),
+        (MemoryError(), "dl_utils.py: out of memory; close"),
+        (ZeroDivisionError(), "Traceback"),
+    ],
+)
 def test_memory_is_a_sentence_and_a_fault_keeps_its_traceback(error, start, monkeypatch, capsys):
     monkeypatch.setattr(dl, "_test_command", mock.Mock(side_effect=error))
     assert dl.main(["test"]) == 2, "1 means that accuracies differ"

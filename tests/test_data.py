@@ -65,10 +65,14 @@ def test_files_may_be_packed_or_not_each_for_itself_and_the_folder_a_level_deepe
     assert len(list(raw.iterdir())) == 4, "something was written beside what is there"
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-50], lambda data: data[:5000] + b"!!" + data[5002:],
-    lambda data: b"<html>404</html>",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-50],
+        lambda data: data[:5000] + b"!!" + data[5002:],
+        lambda data: b"<html>404</html>",
+    ],
+)
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_damaged_file_is_named_kept_and_replaced_only_by_its_intact_twin(raw, damage, packed):
     packed_path = raw / f"{IMAGES}.gz"

@@ -16,8 +16,10 @@ DROPOUT, DECAY, NORM = TECHNIQUES = "dropout", "weight_decay", "batch_norm"
 
 
 def test_each_technique_is_in_its_own_settings_and_no_others_in_the_order_of_the_assignment():
-    on = {name: tuple(key for key in TECHNIQUES if getattr(setting, key))
-          for name, setting in SETTINGS.items()}  # fmt: skip
+    on = {
+        name: tuple(key for key in TECHNIQUES if getattr(setting, key))
+        for name, setting in SETTINGS.items()
+    }
     four = {"baseline": (), DROPOUT: (DROPOUT,), DECAY: (DECAY,), NORM: (NORM,)}
     pairs = {f"{a}_{b}": (a, b) for a, b in ((DROPOUT, DECAY), (DROPOUT, NORM), (DECAY, NORM))}
     assert list(on.items()) == list((four | pairs | {"combined": TECHNIQUES}).items())
@@ -40,8 +42,10 @@ def test_layers_are_those_of_the_paper_with_batch_norm_where_the_config_says():
     assert sum(p.numel() for p in LeNet5().parameters()) == 61_706
     norm = dl.layer_summary(LeNet5(batch_norm=True))
     assert norm.parameters.sum() == 61_706 + 2 * (6 + 16 + 120 + 84)
-    for place, order in (("after_activation", "pool1 act1 norm1"),
-                         ("before_activation", "norm1 pool1 act1")):  # fmt: skip
+    for place, order in (
+        ("after_activation", "pool1 act1 norm1"),
+        ("before_activation", "norm1 pool1 act1"),
+    ):
         model = build_model(SETTINGS["batch_norm"], TrainConfig(norm_place=place))
         assert " ".join(model.layers._modules).startswith(f"conv1 {order} conv2")
 
@@ -81,22 +85,42 @@ def test_fast_pooling_gives_the_bits_of_max_pool2d(layout):
     assert "MaxPool" in type(MaxPool(2)(maps.requires_grad_()).grad_fn).__name__
 
 
-@pytest.mark.parametrize("change", [
-    {"optimizer": "adam"}, {"activation": "tanh"}, {"pooling": "average"},
-    {"norm_place": "before_activation"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "adam"},
+        {"activation": "tanh"},
+        {"pooling": "average"},
+        {"norm_place": "before_activation"},
+    ],
+)
 def test_every_option_of_a_config_changes_the_training(splits, change):
     setting = replace(SETTINGS["batch_norm"], lr=0.01)
     runs = [train(setting, splits, TrainConfig(1, 32, **part)) for part in (change, {})]
     assert not weights_equal(*runs)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("dropout", 1.0), ("dropout", float("nan")), ("dropout", "0.2"), ("weight_decay", -1e-3),
-    ("weight_decay", float("inf")), ("lr", 0.0), ("lr", None), ("batch_norm", "no"),
-    ("name", "a/b"), ("label", ""), ("epochs", 1.5), ("batch_size", 0), ("seed", -1),
-    ("seed", 2**31), ("activation", ["relu"]), ("pooling", "min"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dropout", 1.0),
+        ("dropout", float("nan")),
+        ("dropout", "0.2"),
+        ("weight_decay", -1e-3),
+        ("weight_decay", float("inf")),
+        ("lr", 0.0),
+        ("lr", None),
+        ("batch_norm", "no"),
+        ("name", "a/b"),
+        ("label", ""),
+        ("epochs", 1.5),
+        ("batch_size", 0),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("activation", ["relu"]),
+        ("pooling", "min"),
+    ],
+)
 def test_a_value_that_torch_would_silently_take_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name} is .*; expected"):
         replace(TrainConfig() if hasattr(TrainConfig, name) else Setting("a", "b"), **{name: value})

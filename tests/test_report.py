@@ -64,9 +64,11 @@ def test_the_summary_has_the_first_seed_and_mean_and_deviation_of_all(tables):
 def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
     frame = pd.DataFrame({"setting": ["None", "All three"], "test": [90.5, 91]})
     assert dl.show_table(frame, "Table 9. Of it").data.splitlines() == [
-        "| **Table 9. Of it** | test |", "| :------------------ | ----: |",
-        "| None | 90.5 |", "| All three | 91.0 |",
-    ]  # fmt: skip
+        "| **Table 9. Of it** | test |",
+        "| :------------------ | ----: |",
+        "| None | 90.5 |",
+        "| All three | 91.0 |",
+    ]
     shown = dl.show_source(dl.LeNet5, dl.train_epoch).data
     lines = shown.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 79
@@ -78,9 +80,15 @@ def test_examples_show_each_class_and_the_diagram_the_shapes(splits):
     assert [ax.get_title() for ax in dl.plot_examples(splits["train"]).axes] == [*dl.CLASSES]
     ax = dl.plot_architecture(dl.build_model(dl.SETTINGS["combined"])).axes[0]
     assert [text.replace("\n", " ") for text in words(ax.texts)[::2]] == [
-        "1 map 28 × 28", "6 maps 28 × 28", "6 maps 14 × 14", "16 maps 10 × 10",
-        "16 maps 5 × 5", "120 units", "84 units", "10 units",
-    ]  # fmt: skip
+        "1 map 28 × 28",
+        "6 maps 28 × 28",
+        "6 maps 14 × 14",
+        "16 maps 10 × 10",
+        "16 maps 5 × 5",
+        "120 units",
+        "84 units",
+        "10 units",
+    ]
     assert "48,120" in words(ax.texts)[11] and len(ax.patches) == 1 + 6 + 6 + 16 + 16 + 3
 
 
@@ -90,7 +98,8 @@ def test_convergence_draws_means_and_extremes_of_all_seeds(tables):
     ax = figure.axes[1]
     assert (ax.get_title(), ax.get_ylabel()) == ("Dropout", "accuracy (%)")
     own = 100 * history[history.setting == "dropout"].pivot(
-        index=["split", "epoch"], columns="seed", values="accuracy")  # fmt: skip
+        index=["split", "epoch"], columns="seed", values="accuracy"
+    )
     for line, band, split in zip(ax.lines, ax.collections, ("train", "test")):
         assert list(line.get_ydata()) == pytest.approx([*own.loc[split].mean(axis=1)])
         low, high = band.get_datalim(ax.transData).intervaly
@@ -217,7 +226,10 @@ def test_one_seed_is_drawn_as_dots_without_intervals(tables):
     results, history = (table[table.seed == 0] for table in tables)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for figure in (dl.plot_results(results), dl.plot_additivity(results),
-                       dl.plot_convergence(history)):  # fmt: skip
+        for figure in (
+            dl.plot_results(results),
+            dl.plot_additivity(results),
+            dl.plot_convergence(history),
+        ):
             figure.canvas.draw()
     assert np.isnan(dl.tukey_hsd(results)) and dl.effects(results).half_width.isna().all()

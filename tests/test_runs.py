@@ -103,8 +103,9 @@ def test_killed_training_loses_no_finished_run_and_leaves_no_worker(tiny, tmp_pa
 def test_a_killed_worker_is_said_with_what_to_do_and_the_rest_is_kept(tiny, tmp_path):
     process = start(tiny, *MANY, tmp_path)
     process.stdout.readline()
-    workers = [path for path in processes(process.pid)
-               if b"spawn_main" in (path / "cmdline").read_bytes()]  # fmt: skip
+    workers = [
+        path for path in processes(process.pid) if b"spawn_main" in (path / "cmdline").read_bytes()
+    ]
     os.kill(int(workers[0].name), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in err
@@ -154,10 +155,14 @@ def test_a_search_records_what_train_gives_and_has_no_test_split(tiny, tmp_path,
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("old", "new", "sentence"), [
-    ("relu", "gelu", "activation is 'gelu'; expected one of relu, tanh"),
-    (",8,", ",,", "epochs is nan"), ("val_accuracy", "accuracy", "val_accuracy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("relu", "gelu", "activation is 'gelu'; expected one of relu, tanh"),
+        (",8,", ",,", "epochs is nan"),
+        ("val_accuracy", "accuracy", "val_accuracy"),
+    ],
+)
 def test_a_plan_that_cannot_be_run_or_runs_elsewhere_is_said(tmp_path, old, new, sentence):
     path = plan(tmp_path / "plan.csv", 0.01, 0.02)
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
@@ -182,8 +187,11 @@ def test_a_killed_search_goes_on_with_what_is_missing(tiny, tmp_path):
 
 def test_rule_1_chooses_the_highest_mean_then_the_weaker_then_the_slower():
     def chosen(*cells):
-        rows = [row for lr, dropout, accuracies in cells
-                for row in study_rows(accuracies, lr=lr, dropout=dropout)]  # fmt: skip
+        rows = [
+            row
+            for lr, dropout, accuracies in cells
+            for row in study_rows(accuracies, lr=lr, dropout=dropout)
+        ]
         best = dl.best_cells(pd.DataFrame(rows)).loc["baseline"]
         return best.lr, best.dropout
 

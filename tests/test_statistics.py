@@ -11,8 +11,16 @@ from scipy import stats
 import dl_utils as dl
 
 D, W, B = dl.TECHNIQUES
-NAMES = {(0, 0, 0): "baseline", (1, 0, 0): D, (0, 1, 0): W, (0, 0, 1): B, (1, 1, 0): f"{D}_{W}",
-         (1, 0, 1): f"{D}_{B}", (0, 1, 1): f"{W}_{B}", (1, 1, 1): "combined"}  # fmt: skip
+NAMES = {
+    (0, 0, 0): "baseline",
+    (1, 0, 0): D,
+    (0, 1, 0): W,
+    (0, 0, 1): B,
+    (1, 1, 0): f"{D}_{W}",
+    (1, 0, 1): f"{D}_{B}",
+    (0, 1, 1): f"{W}_{B}",
+    (1, 1, 1): "combined",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +31,12 @@ def ninth(monkeypatch):
 
 def results_of(table):
     """results of a table of accuracies, settings in columns, seeds in rows."""
-    return table.rename_axis(columns="setting", index="seed").stack().rename(
-        "test_accuracy").reset_index()  # fmt: skip
+    return (
+        table.rename_axis(columns="setting", index="seed")
+        .stack()
+        .rename("test_accuracy")
+        .reset_index()
+    )
 
 
 @pytest.fixture
@@ -80,8 +92,11 @@ def test_effects_of_an_incomplete_factorial_are_refused(table, monkeypatch):
 
 def test_equal_fit_is_read_off_where_train_accuracy_first_crosses_the_level():
     def run(name, train, test):
-        rows = [(name, 0, e, split, value) for split, values in (("train", train), ("test", test))
-                for e, value in enumerate(values, 1)]  # fmt: skip
+        rows = [
+            (name, 0, e, split, value)
+            for split, values in (("train", train), ("test", test))
+            for e, value in enumerate(values, 1)
+        ]
         return pd.DataFrame(rows, columns=["setting", "seed", "epoch", "split", "accuracy"])
 
     first = run("a", (0.90, 0.94, 0.96, 0.97), (0.80, 0.84, 0.86, 0.85))

@@ -42,8 +42,11 @@ def test_gradients_equal_autograd_for_any_batch(m, seed):
 
 def test_a_wrong_formula_would_be_seen(monkeypatch):
     right = dl.batch_norm_gradients
-    monkeypatch.setattr(dl, "batch_norm_gradients", lambda *given: {
-        name: value * (1 + 1e-6) for name, value in right(*given).items()})  # fmt: skip
+    monkeypatch.setattr(
+        dl,
+        "batch_norm_gradients",
+        lambda *given: {name: value * (1 + 1e-6) for name, value in right(*given).items()},
+    )
     assert min(differences(32, 0).values()) > 1e-9
 
 

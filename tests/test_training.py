@@ -176,13 +176,16 @@ def test_a_run_is_kept_while_the_next_trains_or_said_lost(tiny, jobs, one, monke
     assert "baseline, seed 0, failed: disk full" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("files", "limit"), [
-    ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    3600000 kB\n"}, 3),
-    ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
-    ({"sys/fs/cgroup/cpu.max": "max 100000\n", "sys/fs/cgroup/memory.max": "max\n"}, 99),
-    ({"proc/self/cgroup": "0::/a/b c\n", "sys/fs/cgroup/a/b c/cpu.max": "300000 100000"}, 3),
-    ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/memory.max": "2500000000"}, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    3600000 kB\n"}, 3),
+        ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "max 100000\n", "sys/fs/cgroup/memory.max": "max\n"}, 99),
+        ({"proc/self/cgroup": "0::/a/b c\n", "sys/fs/cgroup/a/b c/cpu.max": "300000 100000"}, 3),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/memory.max": "2500000000"}, 2),
+    ],
+)
 def test_workers_are_what_cpus_and_memory_allow(files, limit, tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(99), raising=False)
     for name, content in files.items():
