@@ -1138,129 +1138,6 @@ def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float)
     }
 
 
-# --------------------------------------------------------------------------- command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; the function of a command is in its `run`."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("dl_utils.py", description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    where, speed = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    where.add_argument("--data", metavar="FOLDER", help="of Fashion-MNIST (data/ beside this file)")
-    where.add_argument("--device", help="cpu, cuda, ... (accelerator, else cpu; test: cpu)")
-    speed.add_argument("--workers", type=int, metavar="N", help="runs at a time (what fits here)")
-
-    def add(run, name: str, text: str, *parents: argparse.ArgumentParser):
-        command = commands.add_parser(name, help=text, description=text, parents=parents)
-        command.set_defaults(run=run)
-        return command.add_argument
-
-    option = add(_train_command, "train", "train settings from scratch", where, speed)
-    option("settings", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
-    option("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (0)")
-    option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
-    option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
-    option = add(_test_command, "test", "measure saved runs; exit code 1: not as recorded", where)
-    option(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="files, names, or folders, of which the lowest seed counts (weights/)",
-    )
-    option = add(_search_command, "search", "run what a study lacks", where, speed)
-    option("table", nargs="?", default=STUDY, help="a CSV file (weights/search.csv)")
-    add(_collect_command, "collect", "write results.csv of a folder of runs")("folder")
-    return parser
-
-
-def _train_command(args) -> int:
-    # --seeds 0 1 dropout gives --seeds the setting as well.
-    names = [*args.settings, *(word for word in args.seeds if not word.isdecimal())]
-    if not names or not {*names} <= {*SETTINGS, "all"}:
-        expected = f"expected {', '.join(SETTINGS)}, or all, and seeds that are whole numbers >= 0"
-        raise ValueError(f"settings are {' '.join(names) or 'missing'}; {expected}")
-    seeds = [int(word) for word in args.seeds if word.isdecimal()] or [0]
-    names = SETTINGS if "all" in names else names
-    jobs = [(SETTINGS[name], TrainConfig(args.epochs, seed=n)) for n in seeds for name in names]
-    there = sum(checkpoint_path(args.out, *job).exists() for job in jobs)
-    runs = train_and_save(jobs, args.out, root=args.data, device=args.device, workers=args.workers)
-    failed = sum(isinstance(run, Exception) for run in runs)
-    print(f"{args.out}: {len(runs) - failed} of {len(runs)} runs ({there} were there already)")
-    return 2 if failed else 0
-
-
-def _test_command(args) -> int:
-    runs, rows, differing = {}, [], []
-    for path in map(Path, args.paths or [HERE / "weights"]):
-        if not path.exists() and str(path) in SETTINGS:
-            path = HERE / "weights" / f"{path}.pt"
-        for run in load_runs(path) if path.is_dir() else [load_checkpoint(path)]:
-            file = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
-            runs.setdefault((path, run.setting.name), (file, run))  # the lowest seed comes first
-    device = find_device(args.device or "cpu")
-    for file, run in runs.values():
-        seed = f", seed {run.config.seed}" if run.config.seed else ""
-        row = {"setting": f"{run.setting.label}{seed}"}
-        for name, split in _load_once(args.data, run.config.seed).items():
-            accuracy, count = evaluate(run.model.to(device), split).accuracy, len(split.labels)
-            row[f"{name} %"] = f"{100 * accuracy:.2f}"
-            recorded = run.metrics.get(name, Metrics(math.nan, accuracy)).accuracy
-            images = round(count * (accuracy - recorded))
-            if abs(images) > 1:  # rounding on another processor may change one
-                differing.append(f"{file}, {name}: {images:+} of {count} images right")
-        rows.append(row)
-    print(pd.DataFrame(rows).to_string(index=False), *differing, sep="\n")
-    if bare := [str(file) for file, run in runs.values() if not run.metrics]:
-        print(
-            f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken for "
-            "a network with ReLU, maximum pooling and norm after the activation."
-        )
-    if len(bare) < len(runs):
-        verdict = "DIFFER from" if differing else "equal, to within one image,"
-        print(f"The measured accuracies {verdict} what the files recorded.")
-    return 1 if differing else 0
-
-
-def _search_command(args) -> int:
-    table = search(args.table, root=args.data, device=args.device, workers=args.workers)
-    done = table.val_accuracy.count()
-    print(f"{args.table}: {done} of {len(table)} runs")
-    return 0 if done == len(table) else 2
-
-
-def _collect_command(args) -> int:
-    results, _ = collect(args.folder)
-    content = results.to_csv(index=False, lineterminator="\n").encode()
-    write_file(Path(args.folder) / "results.csv", content)
-    print(f"{args.folder}/results.csv: {len(results)} runs")
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0; 1 where accuracies differ from those recorded;
-    2 for bad input, a failed run (one sentence on stderr) or an error of this program (with its
-    traceback); 130 for Ctrl-C. Raises SystemExit(2) for a command that does not parse."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no error
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        print("dl_utils.py: interrupted; finished runs are kept", file=sys.stderr)
-        return 130
-    except Exception as error:
-        full = isinstance(error, RuntimeError) and "alloc" in str(error)  # torch's words for it
-        if isinstance(error, MemoryError) or full:
-            error = OSError("out of memory; close other programs, or use fewer --workers")
-        if isinstance(error, (ValueError, OSError)):
-            print(f"dl_utils.py: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        return 2
-
-
 # ---------------------------------------------------------------------- tables and figures
 
 # Colours of settings; the first eight are for colour-blind readers (after Okabe and Ito).
@@ -1650,14 +1527,128 @@ def plot_errors(model: nn.Module, split: Split, axes=None):
     return figure
 
 
-# The interface is what is defined here, not what is imported.
-__all__ = sorted(
-    name
-    for name, value in globals().items()
-    if name[0] != "_"
-    and ((name.isupper() and name != "F") or getattr(value, "__module__", 0) == __name__)
-)
-__dir__ = __all__.copy
+# --------------------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; the function of a command is in its `run`."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("dl_utils.py", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    where, speed = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    where.add_argument("--data", metavar="FOLDER", help="of Fashion-MNIST (data/ beside this file)")
+    where.add_argument("--device", help="cpu, cuda, ... (accelerator, else cpu; test: cpu)")
+    speed.add_argument("--workers", type=int, metavar="N", help="runs at a time (what fits here)")
+
+    def add(run, name: str, text: str, *parents: argparse.ArgumentParser):
+        command = commands.add_parser(name, help=text, description=text, parents=parents)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    option = add(_train_command, "train", "train settings from scratch", where, speed)
+    option("settings", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}, or all")
+    option("--seeds", nargs="+", default=["0"], metavar="N", help="one run for each (0)")
+    option("--epochs", type=int, default=TrainConfig.epochs, metavar="N", help="(%(default)s)")
+    option("--out", default="runs", metavar="FOLDER", help="where to save them (%(default)s)")
+    option = add(_test_command, "test", "measure saved runs; exit code 1: not as recorded", where)
+    option(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files, names, or folders, of which the lowest seed counts (weights/)",
+    )
+    option = add(_search_command, "search", "run what a study lacks", where, speed)
+    option("table", nargs="?", default=STUDY, help="a CSV file (weights/search.csv)")
+    add(_collect_command, "collect", "write results.csv of a folder of runs")("folder")
+    return parser
+
+
+def _train_command(args) -> int:
+    # --seeds 0 1 dropout gives --seeds the setting as well.
+    names = [*args.settings, *(word for word in args.seeds if not word.isdecimal())]
+    if not names or not {*names} <= {*SETTINGS, "all"}:
+        expected = f"expected {', '.join(SETTINGS)}, or all, and seeds that are whole numbers >= 0"
+        raise ValueError(f"settings are {' '.join(names) or 'missing'}; {expected}")
+    seeds = [int(word) for word in args.seeds if word.isdecimal()] or [0]
+    names = SETTINGS if "all" in names else names
+    jobs = [(SETTINGS[name], TrainConfig(args.epochs, seed=n)) for n in seeds for name in names]
+    there = sum(checkpoint_path(args.out, *job).exists() for job in jobs)
+    runs = train_and_save(jobs, args.out, root=args.data, device=args.device, workers=args.workers)
+    failed = sum(isinstance(run, Exception) for run in runs)
+    print(f"{args.out}: {len(runs) - failed} of {len(runs)} runs ({there} were there already)")
+    return 2 if failed else 0
+
+
+def _test_command(args) -> int:
+    runs, rows, differing = {}, [], []
+    for path in map(Path, args.paths or [HERE / "weights"]):
+        if not path.exists() and str(path) in SETTINGS:
+            path = HERE / "weights" / f"{path}.pt"
+        for run in load_runs(path) if path.is_dir() else [load_checkpoint(path)]:
+            file = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
+            runs.setdefault((path, run.setting.name), (file, run))  # the lowest seed comes first
+    device = find_device(args.device or "cpu")
+    for file, run in runs.values():
+        seed = f", seed {run.config.seed}" if run.config.seed else ""
+        row = {"setting": f"{run.setting.label}{seed}"}
+        for name, split in _load_once(args.data, run.config.seed).items():
+            accuracy, count = evaluate(run.model.to(device), split).accuracy, len(split.labels)
+            row[f"{name} %"] = f"{100 * accuracy:.2f}"
+            recorded = run.metrics.get(name, Metrics(math.nan, accuracy)).accuracy
+            images = round(count * (accuracy - recorded))
+            if abs(images) > 1:  # rounding on another processor may change one
+                differing.append(f"{file}, {name}: {images:+} of {count} images right")
+        rows.append(row)
+    print(pd.DataFrame(rows).to_string(index=False), *differing, sep="\n")
+    if bare := [str(file) for file, run in runs.values() if not run.metrics]:
+        print(
+            f"{', '.join(bare)}: weights alone, which record nothing to compare with; taken for "
+            "a network with ReLU, maximum pooling and norm after the activation."
+        )
+    if len(bare) < len(runs):
+        verdict = "DIFFER from" if differing else "equal, to within one image,"
+        print(f"The measured accuracies {verdict} what the files recorded.")
+    return 1 if differing else 0
+
+
+def _search_command(args) -> int:
+    table = search(args.table, root=args.data, device=args.device, workers=args.workers)
+    done = table.val_accuracy.count()
+    print(f"{args.table}: {done} of {len(table)} runs")
+    return 0 if done == len(table) else 2
+
+
+def _collect_command(args) -> int:
+    results, _ = collect(args.folder)
+    content = results.to_csv(index=False, lineterminator="\n").encode()
+    write_file(Path(args.folder) / "results.csv", content)
+    print(f"{args.folder}/results.csv: {len(results)} runs")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0; 1 where accuracies differ from those recorded;
+    2 for bad input, a failed run (one sentence on stderr) or an error of this program (with its
+    traceback); 130 for Ctrl-C. Raises SystemExit(2) for a command that does not parse."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("dl_utils.py: interrupted; finished runs are kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        full = isinstance(error, RuntimeError) and "alloc" in str(error)  # torch's words for it
+        if isinstance(error, MemoryError) or full:
+            error = OSError("out of memory; close other programs, or use fewer --workers")
+        if isinstance(error, (ValueError, OSError)):
+            print(f"dl_utils.py: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())
