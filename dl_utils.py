@@ -43,7 +43,7 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
-from itertools import accumulate, combinations, cycle
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,12 +185,12 @@ class LeNet5(nn.Module):
         norm2d = nn.BatchNorm2d if batch_norm else nn.Identity
         norm1d = nn.BatchNorm1d if batch_norm else nn.Identity
         layers = [
-            ("conv1", nn.Conv2d(1, 6, kernel_size=5, padding=2)),  # 6 x 28 x 28
-            ("pool1", MaxPool()),  # 6 x 14 x 14
+            ("conv1", nn.Conv2d(1, 6, kernel_size=5, padding=2)),  # 6x28x28
+            ("pool1", MaxPool()),  # 6x14x14
             ("relu1", nn.ReLU()),
             ("norm1", norm2d(6)),
-            ("conv2", nn.Conv2d(6, 16, kernel_size=5)),  # 16 x 10 x 10
-            ("pool2", MaxPool()),  # 16 x 5 x 5
+            ("conv2", nn.Conv2d(6, 16, kernel_size=5)),  # 16x10x10
+            ("pool2", MaxPool()),  # 16x5x5
             ("relu2", nn.ReLU()),
             ("norm2", norm2d(16)),
             ("flatten", nn.Flatten()),  # 400
@@ -335,10 +335,8 @@ def train(
     device = find_device(device)
     images = len(splits["train"].labels)
     if setting.batch_norm and (images - 1) % config.batch_size == 0:
-        raise ValueError(
-            f"batch norm cannot train on one image, the last batch of {images} images "
-            f"in batches of {config.batch_size}; choose another batch_size"
-        )
+        sizes = f"{images} images in batches of {config.batch_size}"
+        raise ValueError(f"batch norm cannot train on a last batch of one image, as of {sizes}")
     splits = {name: Split(*(part.to(device) for part in split)) for name, split in splits.items()}
     rows = []
     with reproducible(device):
@@ -364,14 +362,19 @@ def train(
                 progress()
         seconds = round(time.process_time() - start, 1)
     history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
-    versions = {
+    norms = pd.DataFrame(norms, columns=["epoch", "layer", "weight", "bias"])
+    where = versions(device)
+    return Checkpoint(model.eval(), setting, config, history, metrics, seconds, where, norms)
+
+
+def versions(device="cpu") -> dict[str, str]:
+    """What decides the last bits of a run."""
+    return {
         "python": sys.version.split()[0],
         "torch": str(torch.__version__),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
     }
-    norms = pd.DataFrame(norms, columns=["epoch", "layer", "weight", "bias"])
-    return Checkpoint(model.eval(), setting, config, history, metrics, seconds, versions, norms)
 
 
 class DivergedError(ValueError):
@@ -927,23 +930,30 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
         return read_study(path)
 
 
-def accuracy_grid(table: pd.DataFrame, name: str, strengths=()) -> pd.DataFrame:
+def grid_runs(table: pd.DataFrame, name: str, strengths: dict) -> pd.DataFrame:
+    """The runs of a setting in A and D, of a combination those at the given strengths (rule 2)."""
+    runs = table[table.part.isin(["A", "D"]) & (table.setting == name)]
+    for key, value in strengths.items():
+        if name != key:
+            runs = runs[runs[key].isin([0, value])]
+    return runs
+
+
+def accuracy_grid(table: pd.DataFrame, name: str, strengths: dict) -> pd.DataFrame:
     """What rule 1 looks at for a setting of A or D: mean validation accuracies, a row for each
     strength, the weakest first, a column for each rate, NaN where nothing was run. Beyond what
-    was run there is a rate at each end and the next stronger strength, if the list has one.
-    strengths: pairs of a name and the value that combinations take, by rule 2."""
-    runs = table[table.part.isin(["A", "D"])]
-    own = runs[runs.setting == name]
-    for key, value in strengths:
-        own = own[own[key].isin([0, value])]
-    key, levels = "batch_norm", own.batch_norm.unique()  # one level
+    was run there is a rate at each end and the next stronger strength, if the list has one."""
+    runs = grid_runs(table, name, strengths)
+    key = "batch_norm"  # of one value
+    levels = runs.batch_norm.unique()
     if name in STRENGTHS:
         key = name
-        levels = DROPOUTS if name == "dropout" else _doublings(own[name].min(), 2 * own[name].max())
-        own = pd.concat([runs[runs.setting == "baseline"], own])
-        levels = [0, *levels]
-    means = own.groupby([key, "lr"]).val_accuracy.mean().round(9).unstack()
-    return means.reindex(levels).reindex(columns=_doublings(own.lr.min() / 2, 2 * own.lr.max()))
+        stronger = _doublings(runs[name].min(), 2 * runs[name].max())
+        levels = [0, *(DROPOUTS if name == "dropout" else stronger)]
+        runs = pd.concat([grid_runs(table, "baseline", {}), runs])
+    means = runs.groupby([key, "lr"]).val_accuracy.mean().round(9).unstack()
+    rates = _doublings(runs.lr.min() / 2, 2 * runs.lr.max())
+    return means.reindex(levels).reindex(columns=rates)
 
 
 def _doublings(low: float, high: float) -> list[float]:
@@ -979,18 +989,17 @@ def lacking(grid: pd.DataFrame, margin: float = 0.0) -> list[tuple[float, float]
 
 def choices(table: pd.DataFrame) -> pd.DataFrame:
     """What rules 1 and 2 choose: a row for each setting of A and D (the index), columns CELL."""
-    strengths, rows = {}, {}
-    for name in table.setting[table.part == "A"].unique().tolist() + (
-        table.setting[table.part == "D"].unique().tolist()
-    ):
-        strength, lr = best_cell(accuracy_grid(table, name, strengths.items()))
-        runs = table[table.part.isin(["A", "D"]) & (table.setting == name) & (table.lr == lr)]
+    grids = table[table.part.isin(["A", "D"])].sort_values("part", kind="stable")
+    strengths = {}
+    chosen = {}
+    for name in grids.setting.unique():
+        runs = grid_runs(table, name, strengths)
+        strength, lr = best_cell(accuracy_grid(table, name, strengths))
         if name in STRENGTHS:
             strengths[name] = strength
-        for key, value in strengths.items():
-            runs = runs[runs[key].isin([0, value])]
-        rows[name] = runs.iloc[0][CELL]
-    return pd.DataFrame(rows).T.infer_objects()
+            runs = runs[runs[name] == strength]
+        chosen[name] = runs[runs.lr == lr].iloc[0][CELL]
+    return pd.DataFrame(chosen).T.infer_objects()
 
 
 def noise_band(table: pd.DataFrame) -> float:
@@ -1027,74 +1036,77 @@ def lengths(table: pd.DataFrame) -> pd.DataFrame:
 
 # ----------------------------------------------------------------------------- statistics
 
-# One rule for all measures: runs are paired by seed, and what setting and seed leave open (the
-# residuals of a two-way table) gives one standard deviation, pooled over all settings.
 TECHNIQUES = ("dropout", "weight_decay", "batch_norm")
+# 97.5 % quantiles of Student's t with 1 to 10 degrees of freedom (R. A. Fisher 1925)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def _residual_std(table: pd.DataFrame) -> tuple[float, int]:
-    """Standard deviation of the residuals, and their degrees of freedom; rows are seeds. NaN
-    where there are none, as with one seed."""
-    residuals = table.sub(table.mean(axis=1), axis=0) - table.mean() + table.mean().mean()
-    freedom = (len(table) - 1) * (table.shape[1] - 1)
-    return math.sqrt(float((residuals**2).to_numpy().sum()) / (freedom or math.nan)), freedom
+def hits(runs, split: Split) -> pd.DataFrame:
+    """Which images each checkpoint classifies right: a row for each run (setting, seed), a column
+    for each image, 1.0 or 0.0."""
+    rows = {}
+    for run in runs:
+        right = compute_logits(run.model, split.images).argmax(1) == split.labels.cpu()
+        rows[run.setting.name, run.config.seed] = right.double().numpy()
+    return pd.DataFrame.from_dict(rows, orient="index").set_index(
+        pd.MultiIndex.from_tuples(rows, names=["setting", "seed"])
+    )
 
 
-def tukey_hsd(results: pd.DataFrame, measure: str = "test_accuracy") -> float:
-    """Settings whose means differ by more do differ: Tukey's honestly significant difference,
-    95 % for all pairs together. NaN with one seed. results: as collect gives them; seeds or
-    settings that are incomplete are left out."""
-    from scipy.stats import studentized_range  # slow to import
+def contrasts() -> pd.DataFrame:
+    """What the report asks of the eight settings, as weighted sums of their accuracies: a row for
+    each setting, a column for each sum, named by a kind and by what it is about.
 
-    table = results.pivot(index="seed", columns="setting", values=measure)
-    table = max(table.dropna(axis=1), table.dropna(), key=lambda part: _residual_std(part)[1])
-    spread, freedom = _residual_std(table)
-    return studentized_range.ppf(0.95, table.shape[1], freedom) * spread / math.sqrt(len(table))
-
-
-def effects(results: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFrame:
-    """What techniques do in the factorial of eight settings, named by SETTINGS: columns effect
-    and half_width, of its own 95 % interval (Student's t; NaN with one seed).
-
-    Rows: each technique, the settings with it minus those without; each pair, how much more one
-    brings where the other is on; "dropout over weight_decay" and the like, what one adds to a
-    setting; "sum of single gains"; "gain of all three". Raises KeyError where results lack one of
-    the eight, ValueError where SETTINGS do."""
-    from scipy.stats import t
-
-    table = results.pivot(index="seed", columns="setting", values=measure)
+    "main", technique: mean of the settings with it minus mean of those without. "gain", technique,
+    setting: what it adds to a setting. "interaction", two techniques: how much more one brings
+    where the other is on. "difference", setting: to no regularization. Raises ValueError where
+    SETTINGS lack one of the eight combinations."""
     on = pd.DataFrame(SETTINGS.values(), [*SETTINGS])[[*TECHNIQUES]].astype(bool).drop_duplicates()
     if len(on) < 8:
         raise ValueError(f"SETTINGS have {len(on)} combinations of the techniques; expected all 8")
-    table, sign, count = table[on.index].dropna(), 2.0 * on - 1, on.sum(axis=1)
-    weights = sign / 4
-    for one, other in combinations(TECHNIQUES, 2):
-        weights[f"{one} and {other}"] = sign[one] * sign[other] / 2
+    sign = 2.0 * on - 1
+    weights = {}
     for technique in TECHNIQUES:
-        rest = on.drop(columns=technique)
+        weights["main", technique, ""] = sign[technique] / 4
+        others = on.drop(columns=technique)
         for name in on.index[~on[technique]]:
-            pair = (rest == rest.loc[name]).all(axis=1)  # the setting and that with it
-            weights[f"{technique} over {name}"] = sign[technique] * pair
-    weights["sum of single gains"] = (count == 1) - 3.0 * (count == 0)
-    weights["gain of all three"] = (count == 3) - 1.0 * (count == 0)
-    spread, freedom = _residual_std(table)
-    half = t.ppf(0.975, freedom) * spread / math.sqrt(len(table)) * (weights**2).sum() ** 0.5
-    return pd.DataFrame({"effect": table.mean() @ weights, "half_width": half})
+            pair = (others == others.loc[name]).all(axis=1)  # the setting, and it with technique
+            weights["gain", technique, name] = sign[technique] * pair
+    for one, other in combinations(TECHNIQUES, 2):
+        weights["interaction", one, other] = sign[one] * sign[other] / 2
+    unit = pd.DataFrame(np.eye(8), on.index, on.index)
+    for name in on.index[1:]:
+        weights["difference", name, ""] = unit[name] - unit[on.index[0]]
+    return pd.DataFrame(weights).sort_index(axis=1)
 
 
-def equal_fit(history: pd.DataFrame) -> tuple[float, pd.Series]:
-    """Test accuracy where all runs fit the train split equally well: the highest whole percent
-    of train accuracy that every run reaches, and by setting and seed the test accuracy where a
-    run first crosses it, on the line between two epochs. history: as collect gives it."""
-    wide = history.pivot(index=["setting", "seed", "epoch"], columns="split", values="accuracy")
-    runs = wide.groupby(["setting", "seed"])
-    level, found = math.floor(100 * runs.train.max().min()) / 100, {}
-    for key, run in runs:
-        after = int((run.train >= level).to_numpy().argmax())
-        now, before = run.iloc[after], run.iloc[max(after - 1, 0)]
-        share = (level - before.train) / (now.train - before.train) if after else 1.0
-        found[key] = before.test + share * (now.test - before.test)
-    return level, pd.Series(found).rename_axis(["setting", "seed"])
+def intervals(right: pd.DataFrame, weights: pd.DataFrame) -> pd.DataFrame:
+    """Value and half width of the 95 % interval of weighted sums of settings' mean accuracies,
+    for what other seeds and other images of the same kind would change: columns effect and
+    half_width, a row for each column of weights, which has a row for each setting.
+
+    right: as hits gives it; seeds that lack a setting are left out. The variance is that of a
+    mean over two crossed random factors, seeds and images (Searle, Casella, McCulloch 1992,
+    section 4.5): of the means by seed, plus of the means by image, minus the residual, which both
+    contain. Student's t has a degree of freedom less than there are seeds; NaN with one seed."""
+    rows = []
+    for name in weights:
+        used = weights[name][weights[name] != 0]
+        sums = sum(weight * right.loc[setting] for setting, weight in used.items()).dropna()
+        values = sums.to_numpy()
+        seeds, images = values.shape
+        if seeds == 1:
+            rows.append((values.mean(), math.nan))
+            continue
+        by_seed = values.mean(axis=1, keepdims=True)
+        by_image = values.mean(axis=0, keepdims=True)
+        residual = ((values - by_seed - by_image + values.mean()) ** 2).sum()
+        residual /= (seeds - 1) * (images - 1)
+        variance = by_seed.var(ddof=1) / seeds + by_image.var(ddof=1) / images
+        variance -= residual / (seeds * images)
+        quantile = STUDENT[min(seeds - 1, len(STUDENT)) - 1]
+        rows.append((values.mean(), quantile * math.sqrt(max(variance, 0.0))))
+    return pd.DataFrame(rows, index=weights.columns, columns=["effect", "half_width"])
 
 
 # --------------------------------------------------------------------- report and theory
@@ -1109,12 +1121,14 @@ def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
 
 def layer_summary(model: LeNet5) -> pd.DataFrame:
     """One row for each layer that does something: name, output shape, number of parameters."""
-    rows, values = [], torch.zeros(1, 1, 28, 28)
+    rows = []
+    values = torch.zeros(1, 1, 28, 28, dtype=torch.float32)
     model = copy.deepcopy(model).cpu().eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for name, layer in model.layers.named_children():
             values = layer(values)
-            if not isinstance(layer, nn.Identity) and getattr(layer, "p", 1) > 0:  # of dropout
+            off = isinstance(layer, nn.Identity) or (isinstance(layer, nn.Dropout) and layer.p == 0)
+            if not off:
                 count = sum(parameter.numel() for parameter in layer.parameters())
                 rows.append((name, tuple(values.shape), count))
     return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
@@ -1124,10 +1138,13 @@ def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float)
     """The six answers to question 3 (theory.md), for the layer of Ioffe and Szegedy (2015).
     x and upstream, which is df/dy, are (m,); gamma is a scalar; eps is added to the variance.
     Returns df/d of gamma, beta, x_hat (m,), variance, mean and x (m,)."""
-    m, mean = len(x), x.mean()
+    m = len(x)
+    mean = x.mean()
     root = ((x - mean).square().mean() + eps).sqrt()
     x_hat = (x - mean) / root
-    d_gamma, d_beta, d_x_hat = (upstream * x_hat).sum(), upstream.sum(), gamma * upstream
+    d_gamma = (upstream * x_hat).sum()
+    d_beta = upstream.sum()
+    d_x_hat = gamma * upstream
     return {
         "gamma": d_gamma,
         "beta": d_beta,
@@ -1141,29 +1158,20 @@ def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float)
 # ---------------------------------------------------------------------- tables and figures
 
 # Colours of settings; the first eight are for colour-blind readers (after Okabe and Ito).
-PALETTE = (
-    "#000000",
-    "#E69F00",
-    "#009E73",
-    "#0072B2",
-    "#8C6D1F",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#7F7F7F",
-    "#A50026",
-    "#5E3C99",
-    "#1B7837",
-)
+PALETTE = ["#000000", "#E69F00", "#009E73", "#0072B2", "#8C6D1F", "#D55E00", "#56B4E9", "#CC79A7"]
+PALETTE += ["#7F7F7F", "#A50026", "#5E3C99", "#1B7837"]
+MARKERS = "osD^vP*X"
 
 
 def prepare_notebook() -> None:
-    """Figures as PNG and PDF, in one style, with the same bytes in every run."""
+    """Figures as PNG and PDF, in one style whatever the user's own is, with the same bytes in
+    every run."""
     import matplotlib
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     matplotlib.set_loglevel("error")  # of font caches
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # in place of the time at which a PDF is made
+    matplotlib.rcdefaults()
     set_matplotlib_formats("png", "pdf")
     style = {"font.size": 8, "axes.titlesize": 8.5, "axes.grid": True, "grid.alpha": 0.3}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -1174,7 +1182,8 @@ def show_table(table: pd.DataFrame, caption: str):
     """A table in a notebook, as Markdown, its caption at the head of the first column."""
     from IPython.display import Markdown
 
-    rows = [[f"**{caption}**", *table.columns[1:]], *table.astype(str).to_numpy().tolist()]
+    cells = table.astype(str).map(lambda text: " ".join(text.replace("|", r"\|").split()))
+    rows = [[f"**{caption}**", *table.columns[1:]], *cells.to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*rows)]  # which pandoc keeps
     rule = [":" + "-" * widths[0], *("-" * width + ":" for width in widths[1:])]
     return Markdown("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])))
@@ -1189,87 +1198,92 @@ def show_source(*functions):
     return Markdown(f'<div style="font-family: monospace">\n\n{source}\n</div>')
 
 
-def summary_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Final accuracies in percent: of the lowest seed of all, and mean ± standard deviation."""
-    seed, rows, columns = results.seed.min(), [], ["train_accuracy", "test_accuracy"]
-    for name, (label, _) in _styles(results).items():
-        runs = 100 * results[results.setting == name].set_index("seed")[columns]
-        spread = "" if len(runs) == 1 else " ± " + runs.std().map("{:.2f}".format)
-        means = runs.mean().map("{:.2f}".format) + spread
-        first = runs.reindex([seed]).iloc[0].map(lambda value: f"{value:.2f}" if value > 0 else "")
-        rows.append([label, *first, *means])
-    names = [f"train, seed {seed}", f"test, seed {seed}", "train, mean", "test, mean"]
-    return pd.DataFrame(rows, columns=["setting", *names])
+def summary_table(results: pd.DataFrame, splits=("train", "test"), seed=None) -> pd.DataFrame:
+    """Final accuracies in percent: mean ± standard deviation over the seeds and, before them, those
+    of one seed where it is given. results: as collect gives them."""
+    columns = [f"{split}_accuracy" for split in splits]
+    rows = []
+    for label, runs in results.groupby("label", sort=False):
+        values = 100 * runs.set_index("seed")[columns]
+        spread = "" if len(runs) == 1 else values.std().map(" ± {:.2f}".format)
+        one = [] if seed is None else values.reindex([seed]).iloc[0]
+        first = ["–" if math.isnan(value) else f"{value:.2f}" for value in one]
+        rows.append([label, *first, *(values.mean().map("{:.2f}".format) + spread)])
+    single = [] if seed is None else [f"{split}, seed {seed}" for split in splits]
+    return pd.DataFrame(rows, columns=["setting", *single, *(f"{x}, mean" for x in splits)])
 
 
-def _styles(table: pd.DataFrame, names=None) -> dict[str, tuple[str, str]]:
-    """Label and colour of each setting in a table, or of those in names: the same everywhere."""
-    labels = dict(zip(table.setting, table.label))
-    if missing := {*(names or ())} - {*labels}:
-        raise ValueError(f"the table lacks {', '.join(sorted(missing))}")
-    colors = dict(zip(dict.fromkeys([*SETTINGS, *labels]), cycle(PALETTE)))
-    return {name: (labels[name], colors[name]) for name in names or labels}
+def _styles(names, labels=()) -> dict[str, tuple[str, str, str]]:
+    """Label, colour and marker of settings, the same everywhere. labels: pairs of a name and the
+    label that a table has for it."""
+    order = [*dict.fromkeys([*SETTINGS, *names])]
+    known = {name: setting.label for name, setting in SETTINGS.items()} | dict(labels)
+    styles = {}
+    for name in dict.fromkeys(names):
+        n = order.index(name)
+        styles[name] = (known.get(name, name), PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)])
+    return styles
 
 
-def _panels(axes, *rows: tuple[list[int], float], **options):
-    """A figure and its axes: those given or, as wide as a page, new ones in rows, each with the
-    widths of its axes and its height in inches."""
+def _short(name: str) -> str:
+    """The letters of a setting's techniques; "none", "all"."""
+    on = [SETTINGS[x].label[0] for x in TECHNIQUES if getattr(SETTINGS[name], x)]
+    return {0: "none", 3: "all"}.get(len(on), "+".join(on))
+
+
+def _figure(height: float):
+    """A figure as wide as a page."""
     from matplotlib.figure import Figure
 
-    if axes is None:
-        heights = [height for _, height in rows]
-        figure, axes = Figure(figsize=(6.4, sum(heights)), layout="constrained"), []
-        parts = np.ravel(figure.subfigures(len(rows), height_ratios=heights))
-        for part, (widths, _) in zip(parts, rows):
-            axes.extend(np.ravel(part.subplots(1, len(widths), width_ratios=widths, **options)))
-    axes = list(np.ravel(axes))
-    return axes[0].figure.figure, axes
+    return Figure(figsize=(6.4, height), layout="constrained")
 
 
-def _label_ends(ax, ends: list[tuple]) -> None:
-    """Write labels beside the ends of lines, each (y, label, colour), where they do not meet."""
-    (_, right), (low, high), ends = ax.get_xlim(), ax.get_ylim(), sorted(ends)
-    at = [*accumulate((y for y, *_ in ends), lambda last, y: max(y, last + (high - low) / 8))]
-    lower = (sum(at) - sum(y for y, *_ in ends)) / len(ends)
+def _label_ends(ax, ends: list[tuple], x: float = 1.0, gap: float = 0.125) -> None:
+    """Write labels beside the ends of lines, each (y, label, colour), where they do not meet, from
+    x on, a share of the axis, as is gap, the least distance."""
+    scale = ax.transScale.transform
+    (_, low), (_, high) = scale([(1, y) for y in ax.get_ylim()])
+    ends = sorted(ends)
+    ideal = [(scale((1, y))[1] - low) / (high - low) for y, *_ in ends]
+    at = [*accumulate(ideal, lambda last, y: max(y, last + gap))]
+    lower = max((sum(at) - sum(ideal)) / len(ends), at[-1] - 1)
     for y, (_, label, color) in zip(at, ends):
-        ax.text(right, y - lower, label, color=color, fontsize=7, va="center")
-
-
-def _dots(ax, values, y: float, color: str) -> None:
-    """Seeds as dots, their mean as a bar."""
-    ax.plot(values, [y] * len(values), "o", color=color, ms=3, alpha=0.6)
-    ax.plot(values.mean(), y, "|", color=color, ms=13, mew=2)
+        style = {"color": color, "fontsize": 7, "va": "center", "transform": ax.transAxes}
+        ax.text(x, y - lower, f" {label}", **style)
 
 
 def _show_image(ax, image: Tensor, title: str) -> None:
-    ax.imshow(image[0].cpu().numpy() * STD + MEAN, cmap="gray_r", vmin=0, vmax=1)
+    ax.imshow(image[0].cpu().numpy() * STD + MEAN, cmap="gray_r", vmin=0, vmax=1, origin="upper")
     ax.set_title(title, fontsize=7)
     ax.set_axis_off()
 
 
-def plot_examples(split: Split, axes=None):
+def plot_examples(split: Split):
     """The first image of each class. Returns the figure, as all plots do."""
-    figure, axes = _panels(axes, (10 * [1], 0.85))
-    for label, ax in enumerate(axes):
+    figure = _figure(0.85)
+    for label, ax in enumerate(figure.subplots(1, 10)):
         first = int((split.labels == label).nonzero()[0])
         _show_image(ax, split.images[first], CLASSES[label])
     return figure
 
 
-def plot_architecture(model: LeNet5, axes=None):
-    """The layers that change the shape of what passes through, to scale: maps as squares, units
-    as bars, below them what computes them and with how many parameters."""
+def plot_architecture(model: LeNet5):
+    """The data after each layer that changes their shape: maps as squares, areas to scale, units
+    as bars. Below: the layer and its number of parameters. Above: what follows it."""
     from matplotlib.patches import Rectangle
 
-    figure, (ax,) = _panels(axes, ([1], 1.7))
+    figure = _figure(1.9)
+    ax = figure.subplots()
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
-    stages, x = [("image", (1, 1, 28, 28), 0)], 0.0
-    stages += [
-        (names[layer[:-1]], *rest)
-        for layer, *rest in layer_summary(model).to_numpy()
-        if layer[:-1] in names
-    ]
-    for name, (_, *shape), parameters in stages:
+    marks = {"relu": ("ReLU", "black"), "norm": ("B", PALETTE[3]), "drop": ("D", PALETTE[1])}
+    x = 0.0  # of the next stage
+    stages = [("image", (1, 1, 28, 28), 0, [])]
+    for layer, shape, parameters in layer_summary(model).to_numpy():
+        if layer[:-1] in names:
+            stages.append((names[layer[:-1]], shape, parameters, []))
+        elif layer[:-1] in marks:
+            stages[-1][-1].append(marks[layer[:-1]])
+    for name, (_, *shape), parameters, after in stages:
         count, height, width = shape if len(shape) == 3 else (1, shape[0] / 3, 3)
         step = 10 / max(count, 8)  # from one map to the next
         for k in range(count):
@@ -1280,250 +1294,281 @@ def plot_architecture(model: LeNet5, axes=None):
         text = {"x": x + whole / 2, "ha": "center", "fontsize": 7, "in_layout": False}
         ax.text(y=23, s=size.replace("1 maps", "1 map"), va="bottom", **text)
         ax.text(y=-23, s=f"{name}\n{parameters:,}" if parameters else name, va="top", **text)
-        x += max(whole, 19) + 9
-    ax.set(xlim=(-1, x - 9), ylim=(-40, 34), aspect="equal")
+        for k, (mark, color) in enumerate(after):
+            middle = x + whole / 2 + (0 if k == 0 else 8 + 5 * (k - 1)) - 2.5 * (len(after) - 1)
+            ax.text(y=37, s=mark, color=color, **text | {"x": middle, "weight": "bold"})
+        x += max(whole, 21) + 10
+    ax.set(xlim=(-1, x - 9), ylim=(-40, 44), aspect="equal")
     ax.set_axis_off()
     return figure
 
 
-def plot_grids(table: pd.DataFrame, axes=None):
-    """What rule 1 saw in the study: mean validation accuracy in percent, a panel for each setting
-    of A and D; the lowest row of A is no regularization. A thick frame is the cell that was
-    chosen, a thin one is within the band of rule 2 of it."""
-    from matplotlib.patches import Rectangle
-
-    grids = table[table.part.isin(["A", "D"])]
-    means = 100 * grids.groupby(["setting", *STRENGTHS]).val_accuracy.mean().round(9)
-    best, band, wide = means.groupby("setting").max(), 100 * noise_band(table), {}
-    chosen = [*best_cells(table).reset_index()[means.index.names].itertuples(False, None)]
-    for name in [name for name in SETTINGS if name in best and name != "baseline"]:
-        grid = means[["baseline", name] if name in TECHNIQUES else [name]].unstack("lr")
-        wide[name] = grid[sorted(means[name].index.unique("lr"))]
-    widths = [grid.shape[1] for grid in wide.values()]  # of A, then of D
-    figure, axes = _panels(axes, *[(part, 1.75) for part in (widths[:3], widths[3:]) if part])
-    for ax, (name, grid) in zip(axes, wide.items()):
-        ax.imshow(grid, cmap="cividis", vmin=90, vmax=92.4, origin="lower", aspect="auto")
-        for y, x in np.argwhere(grid.notna()):
-            value = grid.iat[y, x]
-            color = "black" if value > 91.4 else "white"
-            ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
-            if value >= best[grid.index[y][0]] - band:
-                width = 1.8 if (*grid.index[y], grid.columns[x]) in chosen else 0.6
-                ax.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, lw=width))
-        levels = [
-            "\n".join(f"{value:g}".lstrip("0") for value in strengths if value)
-            or ("on" if norm else "off")
-            for _, *strengths, norm in grid.index
-        ]
-        marks = {"p": SETTINGS[name].dropout, "λ": SETTINGS[name].weight_decay}
-        rates = [f"{lr:g}".lstrip("0") for lr in grid]
-        ax.set_xticks(range(len(rates)), rates)
-        ax.set_yticks(range(len(levels)), levels, linespacing=1.1)
-        title = SETTINGS[name].label.replace(" + ", "\n+ ")
-        ylabel = ", ".join(mark for mark, strength in marks.items() if strength)
-        ax.set(title=title, xlabel="learning rate", ylabel=ylabel, frame_on=False)
-        ax.tick_params(length=0, labelsize=7, grid_alpha=0)
+def plot_rates(table: pd.DataFrame):
+    """Accuracy against learning rate in the study, means of three runs in percent: above on
+    validation, below on train. A panel for each technique alone, a line for each strength, and
+    one for the combinations at the strengths chosen; no regularization in black in all of them.
+    Rings are what the rules chose. Lines leave the panel where training fails."""
+    chosen = choices(table)
+    strengths = {key: chosen[key][key] for key in STRENGTHS}
+    pairs = [name for name in chosen.index if name not in ("baseline", *TECHNIQUES)]
+    panels = {"Dropout: p": ["dropout"], "Weight decay: λ": ["weight_decay"]}
+    panels |= {"Batch norm": ["batch_norm"], "Combinations": pairs}
+    figure = _figure(3.7)
+    axes = figure.subplots(2, len(panels), sharex=True, sharey="row")
+    for column, (title, names) in zip(axes.T, panels.items()):
+        column[0].set_title(title)
+        for ax, split, span in zip(column, ("val", "train"), (2.6, 11)):
+            measure = f"{split}_accuracy"
+            top = 100 * table.groupby(["setting", *CELL])[measure].mean().max()
+            ax.set_ylim(top - span, top + 0.1 * span)
+            ends = []
+            for name, (_, color, marker) in _styles(["baseline", *names]).items():
+                runs = grid_runs(table, name, strengths)
+                levels = runs.groupby(name if name in STRENGTHS else "batch_norm")
+                for k, (level, cells) in enumerate(levels):
+                    curve = 100 * cells.groupby("lr")[measure].mean()
+                    style = {"color": color, "marker": MARKERS[k] if len(levels) > 1 else marker}
+                    ax.semilogx(curve, ms=3, alpha=0.4 + 0.6 * (k + 1) / len(levels), **style)
+                    if name not in STRENGTHS or level == strengths[name]:
+                        rate = chosen.lr[name]
+                        ax.plot(rate, curve[rate], "o", mfc="none", mec=color, ms=8)
+                    label = f"{level:g}" if name in STRENGTHS else _short(name)
+                    seen = curve[curve > top - span]
+                    if name != "baseline" and len(seen):
+                        ends.append((seen.iloc[-1], label, color))
+            _label_ends(ax, ends, 0.66 if names[0] in STRENGTHS else 1.0)
+        column[1].set_xlabel("learning rate")
+    axes[0, 0].set_ylabel("validation accuracy (%)")
+    axes[1, 0].set_ylabel("train accuracy (%)")
+    ticks = [0.01, 0.04, 0.16, 0.64, 2.56]
+    axes[0, 0].set_xticks(ticks, [f"{tick:g}".lstrip("0") for tick in ticks])
+    axes[0, 0].minorticks_off()
     return figure
 
 
-def plot_choices(table: pd.DataFrame, axes=None):
-    """What rules 2 and 3 saw in the study. Left: alternatives, in points: seeds as dots, means as
-    bars, the band of noise in grey. Right: validation accuracy by the number of epochs."""
-    figure, (left, right) = _panels(axes, ([1, 1], 2.25))
-    differences, band = 100 * alternatives(table)[::-1], 100 * noise_band(table)
-    left.axvspan(-band, band, color="0.85", lw=0)
-    for y, row in enumerate(differences.to_numpy()):
-        _dots(left, row, y, "black")
-    left.set_yticks(range(len(differences)), differences.index)
-    left.set(
-        title="One choice changed",
-        xlabel="validation accuracy, difference in points",
-        ylim=(-0.6, len(differences) - 0.4),
-    )
-    ends, styles = [], _styles(table.assign(label=table.setting.map(lambda n: SETTINGS[n].label)))
-    for name, runs in lengths(table).groupby("setting"):
-        means = 100 * runs.groupby("epochs").val_accuracy.mean()
-        label, color = styles[name]
-        right.plot(runs.epochs, 100 * runs.val_accuracy, "o", color=color, ms=2, alpha=0.6)
-        right.semilogx(means, color=color, base=2)
-        ends.append((means.iloc[-1], label, color))
-    right.set_xticks([8, 16, 32], [8, 16, 32])
-    right.set(title="Length", xlabel="epochs", ylabel="validation accuracy (%)")
-    _label_ends(right, ends)
+def _draw_lengths(ax, table: pd.DataFrame, x: str) -> None:
+    """Validation accuracy against x, epochs or train_accuracy, for the lengths of the study."""
+    runs = lengths(table).assign(train_accuracy=lambda t: 100 * t.train_accuracy)
+    ends = []
+    for name, (_, color, marker) in _styles(runs.setting).items():
+        means = runs[runs.setting == name].groupby("epochs").mean(numeric_only=True).reset_index()
+        ax.plot(means[x], 100 * means.val_accuracy, marker=marker, color=color, ms=4)
+        ends.append((100 * means.val_accuracy.iloc[-1], _short(name), color))
+    ax.set(xlabel=x.replace("_accuracy", " accuracy (%)"), ylabel="validation accuracy (%)")
+    _label_ends(ax, ends)
+
+
+def plot_choices(table: pd.DataFrame):
+    """What rules 3 and 4 saw in the study. Left: alternatives, in points: seeds as dots, means as
+    bars, the noise in grey. Right: validation accuracy by the number of epochs."""
+    figure = _figure(1.9)
+    left, right = figure.subplots(1, 2)
+    differences = 100 * alternatives(table)
+    noise = 100 * noise_band(table)
+    left.axvspan(-noise, noise, color="0.85", lw=0)
+    for (optimizer, size), seeds in differences.iterrows():
+        label = "Adam" if optimizer == "adam" else f"batches of {size}"
+        left.plot(seeds, [label] * len(seeds), "o", color="black", ms=3, alpha=0.6)
+        left.plot(seeds.mean(), label, "|", color="black", ms=13, mew=2)
+    left.set(title="One choice changed", xlabel="difference in validation accuracy (points)")
+    left.margins(y=0.2)
+    _draw_lengths(right, table, "epochs")
+    epochs = sorted(lengths(table).epochs.unique())
+    right.set(title="Length", xscale="log")
+    right.set_xticks(epochs, epochs)
+    right.minorticks_off()
     return figure
 
 
-def plot_convergence(history: pd.DataFrame, names=None, axes=None):
-    """Accuracy by epoch: a panel for each setting, train dashed and test solid, the mean of the
-    seeds in a band from the least to the greatest; then the means on test together.
-    history: as collect gives it. names: of the settings to show, by default all there are."""
-    styles, ends = _styles(history, names), []
-    curves = 100 * history.groupby(["setting", "split", "epoch"]).accuracy.agg(
-        mean="mean", low="min", high="max"
-    )
-    epochs = {"xlabel": "epoch", "xticks": [1, *range(4, max(history.epoch) + 1, 4)]}
-    bottom = min(78, curves.loc[[*styles], "mean"].groupby("setting").max().min() - 4)
-    figure, axes = _panels(axes, *math.ceil((len(styles) + 1) / 3) * [([1, 1, 1], 1.5)])
-    last = axes[len(styles)]
-    for ax, (name, (label, color)) in zip(axes, styles.items()):
-        for split, style in (("train", "--"), ("test", "-")):
-            curve = curves.loc[name, split]
-            line = {"color": color, "ls": style, "marker": "o" if len(curve) == 1 else None}
-            ax.plot(curve["mean"], label=split, **line)
-            ax.fill_between(curve.index, curve.low, curve.high, color=color, alpha=0.25, lw=0)
-        last.plot(curve["mean"], **line)
-        ends.append((curve["mean"].iloc[-1], label, color))
-        ax.set(title=label, ylim=(bottom, 100), ylabel="accuracy (%)", **epochs)
-        ax.legend(loc="lower right")
-    last.set(title="Test, means", ylim=(min(ends)[0] - 4, max(ends)[0] + 0.6), **epochs)
-    _label_ends(last, ends)
-    for ax in axes[len(styles) + 1 :]:
+def plot_convergence(history: pd.DataFrame, names=None, compared=None):
+    """Accuracy by epoch, a panel for each setting in names (by default all there are), train
+    dashed and test solid, seeds thin and their mean thick; below, the means on test of the
+    settings in compared, closer. history: as collect gives it."""
+    labels = dict(zip(history.setting, history.label))
+    names = names or [*labels]
+    compared = compared or names
+    styles = _styles([*names, *compared], labels.items())
+    columns = ["setting", "split", "seed"]
+    wide = 100 * history.pivot(index="epoch", columns=columns, values="accuracy")
+    wide = wide.sort_index(axis=1)
+    ticks = [1, *range(4, wide.index[-1] + 1, 4)]
+    rows = math.ceil(len(names) / 2)
+    figure = _figure(1.75 * rows + 2.3)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.75 * rows, 2.3])
+    axes = upper.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax, name in zip(axes, names):
+        label, color, _ = styles[name]
+        for split, dashes in (("train", "--"), ("test", "-")):
+            seeds = wide[name, split].dropna(how="all")
+            mean = seeds.mean(axis=1)
+            marker = "o" if len(mean) == 1 else ""
+            ax.plot(seeds, color=color, ls=dashes, lw=0.4, alpha=0.5)
+            ax.plot(mean, color=color, ls=dashes, lw=1.6, marker=marker, label=split)
+            end = f" {mean.iloc[-1]:.1f}"
+            ax.text(mean.index[-1], mean.iloc[-1], end, color=color, fontsize=7, va="center")
+        ax.set(title=label, xticks=ticks, ylim=(min(80, wide.iloc[-1].min() - 10), 100))
+    axes[0].legend(loc="upper left", ncols=2)
+    for ax in axes[len(names) :]:
         ax.set_axis_off()
+    upper.supylabel("accuracy (%)", fontsize=8)
+    ax = lower.subplots()
+    ends = []
+    for name in compared:
+        label, color, marker = styles[name]
+        mean = wide[name, "test"].mean(axis=1).dropna()
+        ax.plot(mean, color=color, marker=marker, ms=3, markevery=2)
+        ends.append((mean.iloc[-1], label, color))
+    ax.set(title="Test, means of the seeds", xlabel="epoch", ylabel="accuracy (%)", xticks=ticks)
+    ax.set_ylim(min(84, min(ends)[0] - 2), max(ends)[0] + 0.8)
+    _label_ends(ax, ends, gap=0.075)
     return figure
 
 
-def plot_results(results: pd.DataFrame, axes=None):
-    """Left: test accuracy of each run as a dot, of each setting as a mean with a bar; settings
-    whose bars do not overlap differ (tukey_hsd). Right: from test to train, the gap.
-    results: as collect gives them."""
-    styles = _styles(results)
-    figure, (left, right) = _panels(axes, ([3, 2], 0.6 + 0.27 * len(styles)), sharey=True)
-    half = 50 * tukey_hsd(results)
-    for y, (name, (_, color)) in enumerate(styles.items()):
+def plot_results(results: pd.DataFrame, effects: pd.DataFrame):
+    """Left: test accuracy of each run as a mark, their mean as a bar. Middle: difference to no
+    regularization with its interval, in points. Right: from test to train accuracy, the gap.
+    results: as collect gives them; effects: intervals of contrasts."""
+    styles = _styles(results.setting, zip(results.setting, results.label))
+    figure = _figure(0.6 + 0.25 * len(styles))
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[4, 4, 3])
+    words = {"fontsize": 7, "ha": "center", "va": "bottom"}
+    for y, (name, (_, color, marker)) in enumerate(styles.items()):
         runs = 100 * results[results.setting == name][["test_accuracy", "train_accuracy"]]
         test, train = runs.mean()
-        left.plot(runs.test_accuracy, [y - 0.17] * len(runs), "o", color=color, ms=3, alpha=0.6)
-        left.errorbar(test, y + 0.17, xerr=half, fmt="|", color=color, elinewidth=2.5, ms=7)
-        left.annotate(
-            f"{test:.2f}",
-            (test + np.nan_to_num(half), y + 0.17),
-            (3, 0),
-            textcoords="offset points",
-            fontsize=7,
-            va="center",
-        )
+        left.plot(runs.test_accuracy, [y] * len(runs), marker, color=color, ms=3, alpha=0.5)
+        left.plot(test, y, "|", color=color, ms=12, mew=2)
+        left.text(test, y - 0.25, f"{test:.2f}", **words)
+        if ("difference", name, "") in effects.index:
+            effect, half = 100 * effects.loc["difference", name, ""]
+            middle.errorbar(effect, y, xerr=half, fmt=marker, color=color, ms=4)
+            middle.text(effect, y - 0.25, f"{effect:+.2f}", **words)
         right.plot([test, train], [y, y], color=color, lw=3, alpha=0.5)
-        right.plot(runs, [[y, y]] * len(runs), ".", color=color, ms=3)
-        right.text((test + train) / 2, y - 0.12, f"{train - test:.1f}", fontsize=7, ha="center")
-    left.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
-    left.set(title="Test accuracy (%)", ylim=(len(styles) - 0.4, -0.6))
-    right.set(title="Test to train (%): the gap")
-    left.locator_params(axis="x", nbins=5)
-    left.margins(x=0.1)
+        right.text((test + train) / 2, y - 0.15, f"{train - test:.1f}", **words)
+    left.set_yticks(range(len(styles)), [label for label, *_ in styles.values()])
+    left.set_ylim(len(styles) - 0.5, -0.9)
+    left.set(title="Test accuracy", xlabel="%")
+    middle.axvline(0, color="black", lw=0.6)
+    middle.set(title="Minus no regularization", xlabel="points")
+    right.set(title="Test to train: the gap", xlabel="%")
     return figure
 
 
-def plot_additivity(results: pd.DataFrame, axes=None):
+def plot_gains(effects: pd.DataFrame):
     """Does a technique bring the same where others are on? A panel for each: what it adds to the
-    test accuracy of each setting without it, in points, and as a line the mean of the four. Last,
-    the sum of the single gains and the gain of all three. With the intervals of effects."""
-    table = 100 * effects(results)
-    on = {
-        name: [SETTINGS[other].label[0] for other in TECHNIQUES if getattr(setting, other)]
-        for name, setting in SETTINGS.items()
-    }
-    figure, axes = _panels(axes, ([4, 4, 4, 2], 1.9), sharey=True)
+    test accuracy of each setting without it, in points, with intervals, and as a line the mean of
+    the four. Last: what weight decay and batch norm add alone, the sum of these, and what they add
+    together. effects: intervals of contrasts."""
+    points = 100 * effects
+    figure = _figure(1.9)
+    axes = figure.subplots(1, 4, sharey=True)
     for ax, technique in zip(axes, TECHNIQUES):
-        rows = table[table.index.str.startswith(f"{technique} over ")]
-        ticks = ["+".join(on[words.split()[-1]]) or "none" for words in rows.index]
-        label, color = SETTINGS[technique].label, _styles(results)[technique][1]
-        ax.axhline(table.effect[technique], color=color, lw=1)
-        ax.errorbar(ticks, rows.effect, yerr=rows.half_width, fmt="o", color=color, ms=4)
-        ax.set(title=f"{label} ({label[0]})", xlabel="others that are on", xlim=(-0.5, 3.5))
-    rows = table.loc[["sum of single gains", "gain of all three"]]
-    axes[3].errorbar(["sum", "all"], rows.effect, yerr=rows.half_width, fmt="o", color="0.3", ms=4)
-    axes[3].set(title="Together", xlim=(-0.5, 1.5))
+        gains = points.loc["gain", technique]
+        gains = gains.loc[[name for name in SETTINGS if name in gains.index]]
+        label, color, _ = _styles([technique])[technique]
+        mean = points.effect["main", technique, ""]
+        ax.axhline(mean, color=color, lw=1, ls="--")
+        ax.text(3.5, mean, "mean", color=color, fontsize=7, ha="right", va="bottom")
+        ticks = [*map(_short, gains.index)]
+        ax.errorbar(ticks, gains.effect, yerr=gains.half_width, fmt="o", color=color, ms=4)
+        ax.set(title=f"{label} ({_short(technique)})", xlabel="others that are on")
+    alone = points.loc[[("difference", name, "") for name in TECHNIQUES[1:]]]
+    pair = points.loc["difference", "weight_decay_batch_norm", ""]
+    heights = [*alone.effect, alone.effect.sum(), pair.effect]
+    halves = [*alone.half_width, math.nan, pair.half_width]
+    color = _styles(["weight_decay_batch_norm"])["weight_decay_batch_norm"][1]
+    bars = {"color": ["0.8", "0.8", "0.8", color], "ecolor": "0.3", "width": 0.5}
+    axes[3].bar(["W", "B", "sum", "W+B"], heights, yerr=halves, **bars)
+    axes[3].set(title="W and B together", xlabel="settings")
     axes[0].set_ylabel("gain on test (points)")
     for ax in axes:
         ax.axhline(0, color="black", lw=0.6)
     return figure
 
 
-def examine(runs, split: Split) -> pd.DataFrame:
-    """What is inside trained models: a row for each checkpoint with its setting, label, seed, the
-    mean probability (confidence) that it gives to its wrong answers on the split, and the norm
-    of each layer's weights, by the layer's name."""
-    rows, labels = [], split.labels.cpu()
+def norms_by_epoch(runs) -> pd.DataFrame:
+    """The norms of all runs: columns setting, seed, epoch, layer, norm (of weights and biases
+    together) and the effective rate, learning rate / norm², at the end of each epoch."""
+    tables = []
     for run in runs:
-        probability, answer = compute_logits(run.model, split.images).softmax(1).max(1)
-        row = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
-        row["confidence"] = probability[answer != labels].mean().item()
-        for name, layer in run.model.layers.named_children():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                row[name] = layer.weight.norm().item()
-        rows.append(row)
-    return pd.DataFrame(rows)
+        table = run.norms.assign(setting=run.setting.name, seed=run.config.seed)
+        rate = run.setting.lr * (table.epoch / run.config.epochs).map(warmup_cosine)
+        table["norm"] = np.hypot(table.weight, table.bias)
+        tables.append(table.assign(effective_rate=rate / table.norm**2))
+    return pd.concat(tables, ignore_index=True)
 
 
-def plot_why(history, inside, table, names=None, axes=None):
-    """Four looks at overfitting: losses, epoch by epoch, medians of the seeds; accuracies where the
-    learning rate has come to zero and norms of weights, means; confidence in wrong answers.
-    history: as collect gives it; inside: as examine does; table: the study."""
-    styles = _styles(inside, names)
-    figure, (losses, fits, norms, sure) = _panels(axes, ([1, 1], 1.9), ([1, 1], 1.9))
-    curves = history.groupby(["setting", "split", "epoch"]).loss.median()  # one run may collapse
-    length = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
-    layers = inside.columns[inside.columns.get_loc("confidence") + 1 :]
-    sure.set_yticks(range(len(styles)), [label for label, _ in styles.values()])
-    for y, (name, (_, color)) in enumerate(styles.items()):
-        train, test = curves[name, "train"], curves[name, "test"]
-        losses.plot(train, test, color=color)
-        losses.plot(train.iloc[-1], test.iloc[-1], "o", color=color, ms=4)
-        if name in length.index:
-            fits.plot(
-                *length.loc[name, ["train_accuracy", "val_accuracy"]].T.to_numpy(),
-                "o-",
-                color=color,
-                ms=4,
-            )
-        own = inside[inside.setting == name]
-        norms.plot(layers, own[layers].mean(), "o-", color=color, ms=3)
-        _dots(sure, 100 * own.confidence, y, color)
-        sure.get_yticklabels()[y].set_color(color)
-    right = 0.9 * curves.xs("train", level="split").min()
-    losses.set(
-        title="Test loss against train loss",
-        xlabel="loss on train (falls to the right)",
-        ylabel="loss on test",
-        xscale="log",
-        xlim=(0.45, right),
-        ylim=(None, 0.42),
-    )
-    losses.set_xticks(ticks := [x for x in (0.4, 0.2, 0.1, 0.05, 0.025) if x > right], ticks)
-    losses.minorticks_off()
-    fits.set(
-        title="At equal fit: 8, 16, 32 epochs",
-        xlabel="train accuracy (%)",
-        ylabel="validation accuracy (%)",
-    )
-    norms.set(title="Norm of each layer's weights", yscale="log")
-    norms.set_yticks(ticks := [3, 10, 30, 100], ticks)
-    norms.minorticks_off()
-    sure.set(title="Confidence in wrong answers (%)", ylim=(len(styles) - 0.5, -0.5))
+def plot_story(history, norms, table, names, layer: str = "fc3"):
+    """Four panels: test accuracy, norm of a layer and its effective rate by epoch, means of the
+    seeds; and from the study the accuracies of weight decay + batch norm against rate times
+    lambda, train hollow and validation filled, a marker for each lambda. history: as collect
+    gives it; norms: norms_by_epoch; table: the study."""
+    figure = _figure(3.6)
+    (curves, sizes), (rates, product) = figure.subplots(2, 2)
+    test = 100 * history[history.split == "test"].groupby(["setting", "epoch"]).accuracy.mean()
+    means = norms[norms.layer == layer].groupby(["setting", "epoch"])[["norm", "effective_rate"]]
+    means = means.mean()
+    panels = {curves: test, sizes: means.norm, rates: means.effective_rate}
+    titles = ("Test accuracy (%)", f"Norm of {layer}", "Effective rate: rate / norm²")
+    for (ax, lines), title in zip(panels.items(), titles):
+        ends = []
+        for name, (_, color, marker) in _styles(names).items():
+            line = lines[name][lambda values: values > 0]  # rates begin and end at 0
+            ax.plot(line, color=color, marker=marker, ms=3, markevery=3)
+            ends.append((line.iloc[-1], _short(name), color))
+        ax.set(title=title, xlabel="epoch", xticks=[*range(0, test.index[-1][1] + 1, 4)])
+        ax.set_yscale("linear" if ax is curves else "log")
+        if ax is curves:
+            ax.set_ylim(min(84, min(ends)[0] - 2), max(ends)[0] + 0.8)
+        _label_ends(ax, ends)
+    runs = table[(table.setting == "weight_decay_batch_norm") & (table.epochs == 16)]
+    runs = 100 * runs.groupby(["weight_decay", "lr"])[OUTCOME[:2]].mean()
+    runs = runs[runs.val_accuracy > 50]  # where training did not fail
+    color = _styles(["weight_decay_batch_norm"])["weight_decay_batch_norm"][1]
+    for marker, (decay, cells) in zip(MARKERS, runs.groupby("weight_decay")):
+        x = decay * cells.index.get_level_values("lr")
+        style = {"marker": marker, "color": color, "ms": 4, "lw": 0.5}
+        product.semilogx(x, cells.train_accuracy, mfc="none", ls=":", **style)
+        product.semilogx(x, cells.val_accuracy, label=f"λ = {decay:g}", **style)
+    product.set(title="W+B by rate × λ", xlabel="rate × λ", ylabel="accuracy (%)")
+    product.legend(loc="center left", fontsize=7)
     return figure
 
 
-def plot_errors(model: nn.Module, split: Split, axes=None):
-    """Predicted classes in percent of each true class; the six mistakes made with the highest
-    probability, the most confident first."""
-    figure, (left, *axes) = _panels(axes, ([1], 2.2), (6 * [1], 1.0))
+def plot_fit(table: pd.DataFrame):
+    """Validation against train accuracy after 8, 16 and 32 epochs of the study, left to right."""
+    figure = _figure(2.0)
+    ax = figure.subplots()
+    _draw_lengths(ax, table, "train_accuracy")
+    ax.set_title("At equal fit: after 8, 16 and 32 epochs")
+    return figure
+
+
+def plot_errors(model: nn.Module, split: Split):
+    """Left: predicted classes in percent of each true class, the colours up to 30 %. Right: the
+    six mistakes made with the highest probability, the most confident first."""
+    figure = _figure(2.6)
+    left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
+    ax = left.subplots()
     matrix = confusion_matrix(model, split)
     shares = 100 * matrix.div(matrix.sum(axis=1), axis=0)
-    left.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto")  # errors are below 30 %
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=30, aspect="auto", origin="upper")
     for y, x in np.argwhere(shares > 0.5):
         color = "white" if shares.iat[y, x] > 18 else "black"
-        left.text(
-            x, y, f"{shares.iat[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color
-        )
-    left.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", fontsize=7)
-    left.set_yticks(range(len(CLASSES)), CLASSES, fontsize=7)
-    left.set(xlabel="predicted class", ylabel="true class")
-    left.grid(False)
+        text = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
+        ax.text(x, y, f"{shares.iat[y, x]:.0f}", **text)
+    ax.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", fontsize=7)
+    ax.set_yticks(range(len(CLASSES)), CLASSES, fontsize=7)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.grid(False)
     probability, answer = compute_logits(model, split.images).softmax(1).max(1)
     wrong = (answer != split.labels.cpu()).nonzero()[:, 0]
-    for index, ax in zip(wrong[probability[wrong].argsort(descending=True)].tolist(), axes):
+    surest = wrong[probability[wrong].argsort(descending=True)].tolist()
+    axes = right.subplots(2, 3).ravel()
+    for ax, index in zip(axes, surest):
         truth, guess = (CLASSES[int(labels[index])] for labels in (split.labels, answer))
         _show_image(ax, split.images[index], f"{truth}\nas {guess}\n{probability[index]:.1%}")
+    for ax in axes[len(surest) :]:
+        ax.set_axis_off()
     return figure
 
 

@@ -1,72 +1,122 @@
-"""Tables and figures: what is drawn is what went in."""
+"""Tables and figures: what is drawn is what went in, at its place, under its name."""
 
-import re
 import warnings
-from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SETTINGS, save, study_rows
-from matplotlib.figure import Figure
+from conftest import study_rows
+from matplotlib.colors import to_hex
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+from torch import nn
 
 import dl_utils as dl
 
-FIVE = ["baseline", "dropout", "weight_decay", "batch_norm", "combined"]
-LABELS = [dl.SETTINGS[name].label for name in FIVE]
+D, W, B = dl.TECHNIQUES
+FOUR = ["baseline", D, W, B]
+SIX = [*FOUR, f"{W}_{B}", "combined"]
+LABELS = {name: setting.label for name, setting in dl.SETTINGS.items()}
+SHORT = {"none": "baseline", "D": D, "W": W, "B": B, "W+B": f"{W}_{B}", "all": "combined"}
 
 
-@pytest.fixture(scope="module")
-def runs(trained, splits, config):
-    """Two runs of each setting."""
-    again = [dl.train(SETTINGS[name], splits, replace(config, seed=1)) for name in trained]
-    return [*trained.values(), *again]
+def tables_of(settings, seeds=(0, 8), epochs=4):
+    """results and history, as collect gives them, of runs in which no two numbers are equal."""
+    results, history = [], []
+    for i, setting in enumerate(settings):
+        for seed in seeds:
+            key = {"setting": setting.name, "label": setting.label, "seed": seed}
+            level = {"train": 0.95, "val": 0.92, "test": 0.91}
+            level = {split: x + i / 1000 + (i + 2) * seed / 1e5 for split, x in level.items()}
+            results.append(key | {f"{split}_accuracy": x for split, x in level.items()})
+            for epoch in range(1, epochs + 1):
+                for split, x in level.items():
+                    row = {"epoch": epoch, "split": split, "loss": 1 - x}
+                    history.append(key | row | {"accuracy": x - 0.01 * (epochs - epoch)})
+    return pd.DataFrame(results), pd.DataFrame(history)
 
 
-@pytest.fixture(scope="module")
-def tables(runs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    save(folder, *runs)
-    return dl.collect(folder)
+@pytest.fixture
+def tables():
+    return tables_of(dl.SETTINGS.values())
+
+
+@pytest.fixture
+def effects():
+    """Intervals of contrasts, of which no two are equal."""
+    index = dl.contrasts().columns
+    numbers = np.arange(len(index))
+    columns = {"effect": 0.001 * numbers - 0.009, "half_width": 0.002 + 0.0001 * numbers}
+    return pd.DataFrame(columns, index)
 
 
 @pytest.fixture(scope="module")
 def study():
-    """A study that is complete: A for the techniques, D, B and C."""
-    rows, rng = [], np.random.default_rng(0)
-    for name, setting in dl.SETTINGS.items():
-        part = "A" if name in ("baseline", *dl.TECHNIQUES) else "D"
-        for scale, mean in ((0.5, 0.910), (2, 0.9137), (1, 0.914)):  # the last two are as good
-            base = {**vars(setting), "setting": name, "lr": scale * setting.lr}
-            noise = rng.normal(0, 0.001, 3)
-            rows += study_rows(mean + noise - noise.mean(), part, **base)
-        for epochs, accuracy in ((8, 0.90), (32, 0.92)) if name in FIVE else ():
-            rows += study_rows(accuracy + rng.normal(0, 0.001, 3), "C", **base, epochs=epochs)
-    for lr in (0.1, 0.2):
-        rows += study_rows(np.array([0.90, 0.91, 0.92]) - lr / 100, "B", pooling="average", lr=lr)
+    """A study that is complete, each setting with a level of its own."""
+    rows = []
+    spread = np.array([-0.0004, 0.0001, 0.0003])
+    scales = {0.25: -0.004, 0.5: -0.002, 1: 0.002, 2: 0.001, 4: -0.004}  # of the chosen rate
+    for i, (name, setting) in enumerate(dl.SETTINGS.items()):
+        part = "A" if name in FOUR else "D"
+        levels = {D: (0.05, 0.1, 0.2), W: (0.0005, 0.001, 0.002)}.get(name, (0.0,))
+        for k, level in enumerate(levels):
+            base = vars(setting) | {"setting": name, "dropout": 0.1 * bool(setting.dropout)}
+            base |= {"weight_decay": 0.001 * bool(setting.weight_decay)}
+            base |= {name: level} if name in dl.STRENGTHS else {}
+            for scale, more in scales.items():
+                mean = 0.91 + 0.001 * i + more - 0.001 * (k != 1)
+                rows += study_rows(mean + spread, part, **base | {"lr": scale * setting.lr})
+        base |= {D: 0.1, W: 0.001}.items() & {name: {D: 0.1, W: 0.001}.get(name)}.items()
+        for epochs, accuracy in ((8, 0.90), (32, 0.92)) if name in SIX else ():
+            rows += study_rows(accuracy + 0.001 * i + spread, "C", **base, epochs=epochs)
+    rows += study_rows(0.905 + spread, "B", batch_size=64, lr=0.04)
+    rows += study_rows(0.906 + spread, "B", batch_size=64, lr=0.02)
+    rows += study_rows(0.907 + 2 * spread, "B", optimizer="adam", lr=0.001)
     return pd.DataFrame(rows)
 
 
 def words(texts):
-    return [text.get_text() for text in texts]
+    return [text.get_text().strip() for text in texts]
 
 
-def test_the_summary_has_the_first_seed_and_mean_and_deviation_of_all(tables):
+def text_of(ax, word):
+    return next(text for text in ax.texts if text.get_text().strip() == word)
+
+
+def lines_named(ax, word):
+    """The lines of an axes that have the colour of a label at their ends."""
+    color = to_hex(text_of(ax, word).get_color())
+    return [line for line in ax.lines if to_hex(line.get_color()) == color]
+
+
+def check_ends(ax, ends):
+    """Labels stand at the right in the order of the ends of their lines."""
+    assert sorted(words(ax.texts)) == sorted(ends)
+    height = [text_of(ax, word).get_position()[1] for word in sorted(ends, key=ends.get)]
+    assert height == sorted(height) and len({*height}) == len(height)
+
+
+def test_the_summary_has_one_seed_and_mean_and_deviation_of_all(tables):
     results, _ = tables
-    table = dl.summary_table(results).set_index("setting").loc["Dropout"]
-    for split in ("train", "test"):
-        own = 100 * results[results.setting == "dropout"][f"{split}_accuracy"]
-        assert table[f"{split}, seed 0"] == f"{own.iloc[0]:.2f}"
-        assert table[f"{split}, mean"] == f"{own.mean():.2f} ± {own.std():.2f}"
+    table = dl.summary_table(results, ("train", "val", "test"), seed=8).set_index("setting")
+    for name, runs in results.groupby("setting"):
+        for split in ("train", "val", "test"):
+            own = 100 * runs[f"{split}_accuracy"]
+            row = table.loc[LABELS[name]]
+            assert row[f"{split}, seed 8"] == f"{own.iloc[1]:.2f}"
+            assert row[f"{split}, mean"] == f"{own.mean():.2f} ± {own.std():.2f}"
+    later = results[(results.setting != D) | (results.seed == 0)]
+    row = dl.summary_table(later, seed=8).set_index("setting").loc["Dropout"]
+    assert list(row) == ["–", "–", *row[2:]] and "±" not in row["test, mean"]
 
 
 def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
-    frame = pd.DataFrame({"setting": ["None", "All three"], "test": [90.5, 91]})
+    frame = pd.DataFrame({"setting": ["a|b\nc", "All three"], "test": [90.5, 91]})
     assert dl.show_table(frame, "Table 9. Of it").data.splitlines() == [
         "| **Table 9. Of it** | test |",
         "| :------------------ | ----: |",
-        "| None | 90.5 |",
+        r"| a\|b c | 90.5 |",
         "| All three | 91.0 |",
     ]
     shown = dl.show_source(dl.LeNet5, dl.train_epoch).data
@@ -76,160 +126,265 @@ def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
     assert lines[2] == "```python" and lines[3] == "class LeNet5(nn.Module):"
 
 
-def test_examples_show_each_class_and_the_diagram_the_shapes(splits):
-    assert [ax.get_title() for ax in dl.plot_examples(splits["train"]).axes] == [*dl.CLASSES]
+def test_the_style_of_the_user_does_not_get_into_the_figures():
+    before = dict(matplotlib.rcParams)
+    try:
+        matplotlib.rcParams.update({"image.origin": "lower", "text.usetex": True})
+        matplotlib.rcParams.update({"axes.facecolor": "black", "lines.linewidth": 9})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("matplotlib_inline.backend_inline.set_matplotlib_formats", print)
+            dl.prepare_notebook()
+        assert callable(set_matplotlib_formats) and not matplotlib.rcParams["text.usetex"]
+        found = [matplotlib.rcParams[key] for key in ("image.origin", "axes.facecolor")]
+        assert found == ["upper", "white"] and matplotlib.rcParams["lines.linewidth"] == 1.3
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            matplotlib.rcParams.update(before)
+
+
+def test_examples_show_each_class_and_the_diagram_shapes_and_where_techniques_sit(splits):
+    axes = dl.plot_examples(splits["train"]).axes
+    assert [ax.get_title() for ax in axes] == [*dl.CLASSES]
+    for label, ax in enumerate(axes):
+        image = (torch.tensor(ax.images[0].get_array()) - dl.MEAN) / dl.STD
+        same = (splits["train"].images[:, 0] - image).abs().amax((1, 2)) < 1e-5
+        assert splits["train"].labels[same].tolist() == [label]
     ax = dl.plot_architecture(dl.build_model(dl.SETTINGS["combined"])).axes[0]
-    assert [text.replace("\n", " ") for text in words(ax.texts)[::2]] == [
-        "1 map 28 × 28",
-        "6 maps 28 × 28",
-        "6 maps 14 × 14",
-        "16 maps 10 × 10",
-        "16 maps 5 × 5",
-        "120 units",
-        "84 units",
-        "10 units",
-    ]
-    assert "48,120" in words(ax.texts)[11] and len(ax.patches) == 1 + 6 + 6 + 16 + 16 + 3
+    found = words(ax.texts)
+    sizes = ["1 map", *2 * ["6 maps"], *2 * ["16 maps"], "120 units", "84 units", "10 units"]
+    stages = [word.replace("\n", " ") for word in found if "map" in word or "units" in word]
+    assert [stage.startswith(size) for stage, size in zip(stages, sizes)] == [True] * 8
+    assert any("48,120" in word for word in found)
+    assert len(ax.patches) == 1 + 6 + 6 + 16 + 16 + 3
+    marks = [word for word in found if word in ("ReLU", "B", "D")]
+    assert marks == ["ReLU", "B"] * 2 + ["ReLU", "B", "D"] * 2
+    plain = dl.plot_architecture(dl.build_model(dl.SETTINGS["baseline"])).axes[0]
+    assert [word for word in words(plain.texts) if word in ("ReLU", "B", "D")] == ["ReLU"] * 4
 
 
-def test_convergence_draws_means_and_extremes_of_all_seeds(tables):
-    _, history = tables
-    figure = dl.plot_convergence(history, FIVE)
-    ax = figure.axes[1]
-    assert (ax.get_title(), ax.get_ylabel()) == ("Dropout", "accuracy (%)")
-    own = 100 * history[history.setting == "dropout"].pivot(
-        index=["split", "epoch"], columns="seed", values="accuracy"
-    )
-    for line, band, split in zip(ax.lines, ax.collections, ("train", "test")):
-        assert list(line.get_ydata()) == pytest.approx([*own.loc[split].mean(axis=1)])
-        low, high = band.get_datalim(ax.transData).intervaly
-        ends = own.loc[split].to_numpy()
-        assert (low, high) == pytest.approx((ends.min(), ends.max()))
-    assert sorted(words(figure.axes[5].texts)) == sorted(LABELS)
-    with pytest.raises(ValueError, match="the table lacks strong"):
-        dl.plot_convergence(history, ["strong"])
+def test_rates_draw_each_strength_and_ring_what_the_rules_choose(study):
+    axes = np.reshape(dl.plot_rates(study).axes, (2, 4))
+    titles = [ax.get_title() for ax in axes[0]]
+    assert titles == ["Dropout: p", "Weight decay: λ", "Batch norm", "Combinations"]
+    grids = study[study.part.isin(["A", "D"])]
+    for row, split in zip(axes, ("val", "train")):
+        assert row[0].get_ylabel() == f"{split.replace('val', 'validation')} accuracy (%)"
+        means = 100 * grids.groupby(["setting", *dl.STRENGTHS, "lr"])[f"{split}_accuracy"].mean()
+        combined = [f"{D}_{W}", f"{D}_{B}", f"{W}_{B}", "combined"]
+        for ax, names in zip(row, ([D], [W], [B], combined)):
+            curves = [line for line in ax.lines if len(line.get_xdata()) > 1]
+            rings = [line for line in ax.lines if line.get_markersize() == 8]
+            shown = {name: means[name] for name in ["baseline", *names]}
+            expected = [
+                curve for table in shown.values() for _, curve in table.groupby([*dl.STRENGTHS])
+            ]
+            for line, curve in zip(curves, expected, strict=True):
+                assert list(line.get_xdata()) == list(curve.index.get_level_values("lr"))
+                assert list(line.get_ydata()) == pytest.approx(list(curve))
+            assert to_hex(curves[0].get_color()) == "#000000"
+            for ring, (name, table) in zip(rings, shown.items(), strict=True):
+                chosen = dl.SETTINGS[name].lr
+                strengths = 0.1 * (D in name), 0.001 * (W in name)
+                strengths = (0.1, 0.001) if name == "combined" else strengths
+                assert ring.get_xdata()[0] == chosen
+                assert ring.get_ydata()[0] == pytest.approx(table[*strengths, chosen])
+        for ax, levels in (
+            (row[0], ["0.05", "0.1", "0.2"]),
+            (row[1], ["0.0005", "0.001", "0.002"]),
+        ):
+            lines = [line for line in ax.lines if len(line.get_xdata()) > 1][1:]
+            check_ends(ax, {word: line.get_ydata()[-1] for word, line in zip(levels, lines)})
+        check_ends(
+            row[3],
+            {
+                word: lines_named(row[3], word)[0].get_ydata()[-1]
+                for word in ("D+W", "D+B", "W+B", "all")
+            },
+        )
 
 
-def test_results_draw_each_run_and_bars_of_the_tukey_hsd_into_axes_given(tables):
-    results, _ = tables
-    left, right = axes = Figure().subplots(1, 2)
-    assert dl.plot_results(results, axes=axes) is left.figure
-    own = 100 * results[results.setting == "weight_decay"].select_dtypes("number")
-    assert list(left.lines[2 * 2].get_xdata()) == list(own.test_accuracy)
-    bar = left.collections[2].get_segments()[0][:, 0]
-    assert bar[1] - bar[0] == pytest.approx(100 * dl.tukey_hsd(results))
-    assert words(left.texts)[2] == f"{own.test_accuracy.mean():.2f}"
-    assert words(right.texts)[2] == f"{(own.train_accuracy - own.test_accuracy).mean():.1f}"
-
-
-def test_additivity_draws_the_effects(tables):
-    results, _ = tables
-    effect, axes = 100 * dl.effects(results).effect, dl.plot_additivity(results).axes
-    titles = [ax.get_title() for ax in axes[:3]]
-    assert titles == ["Dropout (D)", "Weight decay (W)", "Batch norm (B)"]
-    for ax, name in zip(axes, dl.TECHNIQUES):
-        others = words(ax.get_xticklabels())
-        assert others[0] == "none" and others[3].count("+") == 1
-        assert ax.lines[0].get_ydata()[0] == effect[name]
-    points = axes[1].lines[1].get_ydata()
-    assert points[0] == effect["weight_decay over baseline"]
-    assert points[3] == effect["weight_decay over dropout_batch_norm"]
-    assert list(axes[3].lines[0].get_ydata()) == list(effect[-2:])
-
-
-def test_grids_show_every_mean_and_frame_what_was_chosen_and_what_is_as_good(study):
-    figure, ofs = dl.plot_grids(study), study[(study.setting == "dropout") & (study.part == "A")]
-    labels = [setting.label.replace(" + ", "\n+ ") for setting in dl.SETTINGS.values()]
-    assert [ax.get_title() for ax in figure.axes] == labels[1:]
-    ax, means = figure.axes[0], 100 * ofs.groupby("lr").val_accuracy.mean()
-    assert words(ax.texts)[-3:] == [f"{mean:.1f}" for mean in means]
-    thick = [patch for patch in ax.patches if patch.get_linewidth() > 1]
-    assert len(thick) == 2 and thick[1].get_x() == pytest.approx(0.57)  # none's, the higher rate
-    assert words(ax.get_yticklabels()) == ["off", f"{dl.SETTINGS['dropout'].dropout:g}"[1:]]
-    framed = [patch for patch in ax.patches if patch.get_y() > 0.5]
-    assert len(framed) == sum(means >= means.max() - 100 * dl.noise_band(study)) == 2
-
-
-def test_alternatives_are_compared_at_their_best_rate_seed_by_seed(study):
-    found = dl.alternatives(study)
-    chosen = study[(study.setting == "baseline") & (study.lr == dl.SETTINGS["baseline"].lr)]
-    default = chosen[chosen.part == "A"].val_accuracy
-    assert list(found.index) == ["Average pooling"]
-    expected = [0.899, 0.909, 0.919] - default
-    assert list(found.loc["Average pooling"]) == pytest.approx(list(expected))
+def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):
+    none = study[(study.part == "A") & (study.setting == "baseline")]
+    default = none[none.lr == dl.SETTINGS["baseline"].lr].val_accuracy.to_numpy()
     left, right = dl.plot_choices(study).axes
-    assert list(left.lines[0].get_xdata()) == pytest.approx(list(100 * expected))
+    spread = np.array([-0.0004, 0.0001, 0.0003])
+    expected = {"batches of 64": 0.906 + spread, "Adam": 0.907 + 2 * spread}
+    ticks = [label.get_text() for label in left.get_yticklabels()]
+    for dots, bar in zip(left.lines[::2], left.lines[1::2]):
+        word = ticks[int(left.convert_yunits(dots.get_ydata()[0]))]
+        assert list(dots.get_xdata()) == pytest.approx(list(100 * (expected[word] - default)))
+        assert bar.get_xdata()[0] == pytest.approx(np.mean(dots.get_xdata()))
     width = left.patches[0].get_extents().width / left.transData.get_matrix()[0, 0]
     assert width == pytest.approx(200 * dl.noise_band(study))
-    assert sorted(words(right.texts)) == sorted(LABELS)
-    lengths = dl.lengths(study)
-    assert set(lengths.epochs) == {8, 16, 32} and set(lengths.setting) == set(FIVE)
+    fit = dl.plot_fit(study).axes[0]
+    lengths = 100 * dl.lengths(study).groupby(["setting", "epochs"])[dl.OUTCOME[:2]].mean()
+    check_ends(right, {word: lengths.val_accuracy[SHORT[word], 32] for word in SHORT})
+    for word, name in SHORT.items():
+        (line,), (fits,) = lines_named(right, word), lines_named(fit, word)
+        assert list(line.get_xdata()) == [8, 16, 32]
+        assert list(line.get_ydata()) == pytest.approx(list(lengths.val_accuracy[name]))
+        assert list(fits.get_xdata()) == pytest.approx(list(lengths.train_accuracy[name]))
+        assert list(fits.get_ydata()) == pytest.approx(list(lengths.val_accuracy[name]))
 
 
-def test_why_draws_what_is_inside_the_models(runs, tables, splits, study):
-    inside, (_, history) = dl.examine(runs, splits["test"]), tables
-    row, model = inside.iloc[2], runs[2].model
-    assert row.fc3 == model.layers.fc3.weight.norm().item() and "fc5" in inside
-    probability, answer = model(splits["test"].images).softmax(1).max(1)
-    wrong = answer != splits["test"].labels
-    assert row.confidence == pytest.approx(probability[wrong].mean().item(), rel=1e-5)
-    losses, fits, norms, sure = dl.plot_why(history, inside, study, FIVE).axes
-    medians = history.groupby(["setting", "split", "epoch"]).loss.median()
-    x, y = losses.lines[0].get_data()
-    assert [*x] == [*medians["baseline", "train"]] and [*y] == [*medians["baseline", "test"]]
-    length = 100 * dl.lengths(study).groupby(["setting", "epochs"]).val_accuracy.mean()
-    x, y = fits.lines[0].get_data()
-    assert [*y] == pytest.approx([*length["baseline"]]) and [*x] == pytest.approx([*(y + 5)])
-    assert len(fits.lines) == 5
-    conv1 = inside[inside.setting == "baseline"].conv1.mean()
-    assert norms.lines[0].get_ydata()[0] == pytest.approx(conv1)
-    assert words(sure.get_yticklabels()) == LABELS
+def test_convergence_draws_train_and_test_of_every_seed_under_the_right_name(tables):
+    _, history = tables
+    *axes, last = dl.plot_convergence(history, FOUR, SIX).axes
+    assert [ax.get_title() for ax in axes] == [LABELS[name] for name in FOUR]
+    assert words(axes[0].get_legend().get_texts()) == ["train", "test"]
+    handles = axes[0].get_legend().legend_handles
+    assert [line.get_linestyle() for line in handles] == ["--", "-"]
+    wide = 100 * history.pivot(
+        index=["setting", "split", "epoch"], columns="seed", values="accuracy"
+    )
+    for ax, name in zip(axes, FOUR):
+        for split, style in (("train", "--"), ("test", "-")):
+            curves = wide.loc[name, split]
+            *thin, thick = [line for line in ax.lines if line.get_linestyle() == style]
+            assert thick.get_linewidth() > 3 * thin[0].get_linewidth()
+            assert list(thick.get_ydata()) == pytest.approx(list(curves.mean(axis=1)))
+            for line, seed in zip(thin, curves, strict=True):
+                assert list(line.get_ydata()) == pytest.approx(list(curves[seed]))
+            end = text_of(ax, f"{curves.mean(axis=1).iloc[-1]:.1f}")
+            assert end.get_position()[1] == pytest.approx(thick.get_ydata()[-1])
+    means = wide.mean(axis=1)
+    check_ends(last, {LABELS[name]: means[name, "test", 4] for name in SIX})
+    for name in SIX:
+        (line,) = lines_named(last, LABELS[name])
+        assert list(line.get_ydata()) == pytest.approx(list(means[name, "test"]))
 
 
-def test_errors_are_shares_of_each_true_class_and_the_most_confident_mistakes(trained, splits):
-    model, split = trained["dropout"].model, splits["val"]
-    noisy = dl.Split(split.images.flip(3), split.labels)  # many mistakes
-    probability, guess = dl.compute_logits(model, noisy.images).softmax(1).max(1)
-    matrix = dl.confusion_matrix(model, noisy).to_numpy()
-    for truth, answer in ((0, 3), (2, 2), (7, 5)):
-        assert matrix[truth, answer] == sum((noisy.labels == truth) & (guess == answer))
-    assert matrix.sum(axis=1).tolist() == torch.bincount(noisy.labels, minlength=10).tolist()
-    first, *others = dl.plot_errors(model, noisy).axes
-    assert first.images[0].get_array().sum(axis=1).tolist() == pytest.approx([100.0] * 10)
-    wrong = probability[guess != noisy.labels].sort(descending=True)[0]
-    shown = [re.search(r"[\d.]+%", ax.get_title())[0] for ax in others]
-    assert shown == [f"{value:.1%}" for value in wrong[:6].tolist()]
+def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_names(tables, effects):
+    results, _ = tables
+    left, middle, right = dl.plot_results(results, effects).axes
+    rows = words(left.get_yticklabels())
+    assert rows == [*LABELS.values()]
+    middles = {
+        round(c.get_segments()[0][0, 1]): c.get_segments()[0][:, 0] for c in middle.collections
+    }
+    for y, name in enumerate(dl.SETTINGS):
+        runs = 100 * results[results.setting == name].select_dtypes("number")
+        dots, bar = [line for line in left.lines if line.get_ydata()[0] == y]
+        assert list(dots.get_xdata()) == list(runs.test_accuracy)
+        assert bar.get_xdata()[0] == runs.test_accuracy.mean()
+        text = text_of(left, f"{runs.test_accuracy.mean():.2f}")
+        assert text.get_position()[0] == runs.test_accuracy.mean() and text.get_position()[1] < y
+        gap = right.lines[y]
+        assert list(gap.get_xdata()) == [runs.test_accuracy.mean(), runs.train_accuracy.mean()]
+        assert words(right.texts)[y] == f"{np.diff(gap.get_xdata())[0]:.1f}"
+        if name != "baseline":
+            effect, half = 100 * effects.loc["difference", name, ""]
+            assert list(middles[y]) == pytest.approx([effect - half, effect + half])
 
 
-def test_own_settings_and_a_ninth_row_are_everywhere(runs, tables, splits, study, monkeypatch):
+def test_gains_draw_each_effect_with_its_interval_over_its_setting(effects):
+    points, axes = 100 * effects, dl.plot_gains(effects).axes
+    assert [ax.get_title() for ax in axes[:3]] == [
+        "Dropout (D)",
+        "Weight decay (W)",
+        "Batch norm (B)",
+    ]
+    short = SHORT | {"D+W": f"{D}_{W}", "D+B": f"{D}_{B}"}
+    for ax, technique in zip(axes, dl.TECHNIQUES):
+        ticks = words(ax.get_xticklabels())
+        assert ticks[0] == "none" and len(ticks) == 4
+        for tick, bar in zip(ticks, ax.collections[0].get_segments()):
+            effect, half = points.loc["gain", technique, short[tick]]
+            assert list(bar[:, 1]) == pytest.approx([effect - half, effect + half])
+        assert ax.lines[0].get_ydata()[0] == points.effect["main", technique, ""]
+    alone = [points.effect["difference", name, ""] for name in (W, B)]
+    pair = points.effect["difference", f"{W}_{B}", ""]
+    heights = [bar.get_height() for bar in axes[3].patches]
+    assert heights == pytest.approx([*alone, sum(alone), pair])
+    assert words(axes[3].get_xticklabels()) == ["W", "B", "sum", "W+B"]
+
+
+def test_the_story_draws_norms_effective_rates_and_products_of_the_right_settings(tables, study):
+    _, history = tables
+    runs = []
+    for i, setting in enumerate(dl.SETTINGS.values()):
+        table = pd.DataFrame({"epoch": [*range(5)] * 2, "layer": ["fc3"] * 5 + ["fc5"] * 5})
+        table["weight"] = 3.0 * (i + 1) + table.epoch + 100 * (table.layer == "fc5")
+        table["bias"] = 0.5 * table.weight
+        config = dl.TrainConfig(epochs=4)
+        runs.append(dl.Checkpoint(None, setting, config, history, {}, 1.0, {}, table))
+    norms = dl.norms_by_epoch(runs)
+    four = ["baseline", W, B, f"{W}_{B}"]
+    curves, sizes, rates, product = dl.plot_story(history, norms, study, four).axes
+    test = 100 * history[history.split == "test"].groupby(["setting", "epoch"]).accuracy.mean()
+    number = [*dl.SETTINGS]
+    for word, name in SHORT.items():
+        if name in four:
+            weight = 3.0 * (number.index(name) + 1) + np.arange(5)
+            norm = np.sqrt(weight**2 + (0.5 * weight) ** 2)
+            (line,) = lines_named(sizes, word)
+            assert list(line.get_ydata()) == pytest.approx(list(norm))
+            (line,) = lines_named(rates, word)
+            decayed = [dl.SETTINGS[name].lr * dl.warmup_cosine(epoch / 4) for epoch in (1, 2, 3)]
+            assert list(line.get_ydata()) == pytest.approx(list(decayed / norm[1:4] ** 2))
+            (line,) = lines_named(curves, word)
+            assert list(line.get_ydata()) == pytest.approx(list(test[name]))
+    pair = study[(study.setting == f"{W}_{B}") & (study.epochs == 16)]
+    means = 100 * pair.groupby("lr")[["train_accuracy", "val_accuracy"]].mean()
+    assert words(product.get_legend().get_texts()) == ["λ = 0.001"]
+    for line, measure in zip(product.lines, means):
+        assert list(line.get_xdata()) == pytest.approx(list(0.001 * means.index))
+        assert list(line.get_ydata()) == pytest.approx(list(means[measure]))
+
+
+class Always(nn.Module):
+    """Answers by the first pixel; surer of brighter images."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images):
+        answers = nn.functional.one_hot(images[:, 0, 0, 0].long(), 10)
+        return self.scale * answers * images[:, :, 1, 1] * 5
+
+
+def test_errors_have_truth_in_rows_and_the_most_confident_mistakes_with_truth_first():
+    images = torch.zeros(8, 1, 28, 28)
+    truths, guesses = [0, 0, 0, 1, 2, 2, 3, 9], [0, 1, 1, 1, 5, 2, 4, 8]
+    images[:, 0, 0, 0] = torch.tensor(guesses)
+    images[:, 0, 1, 1] = torch.tensor([1, 0.5, 0.6, 1, 0.9, 1, 0.8, 0.7])
+    split = dl.Split(images, torch.tensor(truths))
+    matrix = dl.confusion_matrix(Always(), split)
+    assert matrix.iloc[0, 1] == 2 and matrix.iloc[1, 0] == 0 and matrix.iloc[2, 5] == 1
+    with warnings.catch_warnings(action="ignore"):  # classes without an image
+        grid, *axes = dl.plot_errors(Always(), split).axes
+    shown = np.asarray(grid.images[0].get_array())
+    assert shown[0, 1] == pytest.approx(200 / 3) and shown[1, 0] == 0
+    assert (grid.get_xlabel(), grid.get_ylabel()) == ("predicted class", "true class")
+    assert words(grid.get_xticklabels()) == words(grid.get_yticklabels()) == [*dl.CLASSES]
+    titles = [" ".join(ax.get_title().split("\n")[:2]) for ax in axes]
+    pairs = [(2, 5), (3, 4), (9, 8), (0, 1), (0, 1)]
+    assert titles[:5] == [f"{dl.CLASSES[a]} as {dl.CLASSES[b]}" for a, b in pairs]
+    assert not axes[5].axison and not axes[5].images
+
+
+def test_own_settings_and_a_ninth_row_are_drawn_too(effects, monkeypatch):
     own = dl.Setting("strong", "Dropout 0.5", dropout=0.5)
-    one = [table[table.setting == "baseline"] for table in tables]
-    added = [table.assign(setting="strong", label=own.label) for table in one]
-    results, history = map(pd.concat, zip(tables, added))
-    inside = dl.examine([*runs, replace(runs[0], setting=own)], splits["test"])
+    results, history = tables_of([*dl.SETTINGS.values(), own])
     for rows in ({}, {"strong": own}):
         monkeypatch.setattr(dl, "SETTINGS", dl.SETTINGS | rows)
-        later = results[(results.setting != "strong") | (results.seed == 1)]  # it lacks seed 0
-        assert list(dl.summary_table(later).iloc[-1][:2]) == [own.label, ""]
+        assert own.label in words(dl.plot_results(results, effects).axes[0].get_yticklabels())
         figure = dl.plot_convergence(history)
-        assert figure.axes[8].get_title() == own.label and own.label in words(figure.axes[9].texts)
-        assert words(dl.plot_results(results).axes[0].get_yticklabels())[-1] == own.label
-        sure = dl.plot_why(history, inside, study).axes[3]
-        assert words(sure.get_yticklabels())[-1] == own.label
-        assert len({color for _, color in dl._styles(results).values()}) == 9
-        dl.plot_additivity(results)
-    many = [one[1].assign(setting=f"s{n}", label=f"S {n}") for n in range(20)]
-    assert len(dl.plot_convergence(pd.concat(many)).axes) == 21
+        assert own.label in [ax.get_title() for ax in figure.axes]
+        assert own.label in words(figure.axes[-1].texts)
+        assert len({style[1:] for style in dl._styles(results.setting).values()}) == 9
 
 
-def test_one_seed_is_drawn_as_dots_without_intervals(tables):
-    results, history = (table[table.seed == 0] for table in tables)
+def test_one_seed_is_drawn_without_intervals_and_without_a_warning(effects):
+    results, history = tables_of(dl.SETTINGS.values(), seeds=[3], epochs=1)
+    nothing = effects.assign(half_width=np.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for figure in (
-            dl.plot_results(results),
-            dl.plot_additivity(results),
+            dl.plot_results(results, nothing),
+            dl.plot_gains(nothing),
             dl.plot_convergence(history),
         ):
             figure.canvas.draw()
-    assert np.isnan(dl.tukey_hsd(results)) and dl.effects(results).half_width.isna().all()
+    assert "±" not in dl.summary_table(results).to_string()

@@ -1,12 +1,11 @@
-"""What the report says of differences: each number against an independent way to it."""
+"""The rules of the study, and the intervals of the report: each against an independent way."""
 
 import itertools
-import math
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from conftest import study_rows
 
 import dl_utils as dl
 
@@ -23,85 +22,124 @@ NAMES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def ninth(monkeypatch):
-    """A setting beside the eight of the factorial."""
+def table_of(part, setting, cells, **values):
+    """Rows of a study, from a mean for each (strength, rate); seeds spread around it."""
+    rows = []
+    for (strength, lr), mean in cells.items():
+        values |= {setting: strength} if setting in dl.STRENGTHS else {}
+        rows += study_rows(mean + np.array([-0.001, 0, 0.001]), part, setting, lr=lr, **values)
+    return pd.DataFrame(rows)
+
+
+def grid_of(setting, cells, none=(), **values):
+    part = "A" if setting in NAMES.values() else "D"
+    tables = [table_of(part, setting, cells, **values)]
+    if none:
+        tables.append(table_of("A", "baseline", {(0, lr): mean for lr, mean in none.items()}))
+    return dl.accuracy_grid(pd.concat(tables), setting, {})
+
+
+def rates(*means, first=0.01):
+    return {(0, first * 2.0**k): mean for k, mean in enumerate(means)}
+
+
+def test_rule_1_takes_the_middle_of_a_plateau_not_a_lonely_peak_and_not_the_edge_of_a_cliff():
+    peak = grid_of(B, rates(0.90, 0.925, 0.90, 0.915, 0.915, 0.915, 0.90), batch_norm=True)
+    assert dl.best_cell(peak)[1] == pytest.approx(0.16)
+    cliff = grid_of(B, rates(0.90, 0.91, 0.912, 0.913, 0.914, 0.1), batch_norm=True)
+    assert dl.best_cell(cliff)[1] == 0.08, "a rate beside the cliff wins"
+    tie = grid_of(B, rates(0.90, 0.91, 0.91, 0.91, 0.91, 0.90), batch_norm=True)
+    assert dl.best_cell(tie)[1] == 0.04, "of two as good the smaller rate"
+    none = {0.01: 0.90, 0.02: 0.90, 0.04: 0.90}
+    middle = {0.05: 0.91, 0.1: 0.915, 0.2: 0.91, 0.5: 0.93}  # 0.5 has no stronger neighbour
+    cells = {(p, lr): mean for p, mean in middle.items() for lr in none}
+    assert dl.best_cell(grid_of(D, cells, none)) == (0.2, 0.02)
+    cells[0.2, 0.04] = np.nan  # not run yet: its neighbours are no candidates
+    assert dl.best_cell(grid_of(D, cells, none)) == (0.1, 0.02)
+
+
+def test_a_grid_grows_once_within_noise_then_at_its_best_and_never_beside_what_fails():
+    grid = grid_of(B, rates(0.913, 0.90, 0.914, first=0.04), batch_norm=True)
+    assert dl.lacking(grid, 0.002) == [(True, 0.02), (True, 0.32)]
+    assert dl.lacking(grid) == [(True, 0.32)]
+    assert dl.lacking(grid_of(B, rates(0.90, 0.914, 0.1), batch_norm=True)) == []
+    assert dl.lacking(grid_of(B, rates(0.1, 0.1), batch_norm=True)) == []
+    cells = {(0.001, lr): 0.914 for lr in (0.04, 0.08)} | {(0.002, 0.04): 0.90}
+    found = dl.lacking(grid_of(W, cells, {0.04: 0.99, 0.08: 0.90}))
+    assert found == [(0.001, 0.02), (0.001, 0.16), (0.002, 0.08)], "none is beside the weakest"
+
+
+def test_combinations_take_the_strengths_of_their_techniques():
+    means = {0.05: 0.90, 0.1: 0.92, 0.2: 0.91, 0.5: 0.90}
+    plateau = {(p, lr): mean for p, mean in means.items() for lr in (0.01, 0.02, 0.04)}
+    tables = [table_of("A", "baseline", rates(0.90, 0.91, 0.90)), table_of("A", D, plateau)]
+    for p, best in ((0.1, 0.915), (0.2, 0.99)):
+        cells = rates(0.90, best, 0.90, first=0.08)
+        tables.append(table_of("D", f"{D}_{B}", cells, dropout=p, batch_norm=True))
+    chosen = dl.choices(pd.concat(tables))
+    assert list(chosen.loc[D, ["dropout", "lr"]]) == [0.1, 0.02]
+    assert list(chosen.loc[f"{D}_{B}", ["dropout", "batch_norm", "lr"]]) == [0.1, True, 0.16]
+
+
+def test_noise_is_two_standard_errors_of_a_paired_difference_of_good_cells():
+    cells = {0.1: (0.90, 0.92, 0.91), 0.2: (0.91, 0.91, 0.91), 0.4: (0.5, 0.6, 0.7)}
+    rows = [row for lr, accuracies in cells.items() for row in study_rows(accuracies, lr=lr)]
+    # Of two cells, the residuals are half of the differences' deviations: -0.01, 0.01, 0.
+    variance = 4 * 0.005**2 / 2
+    assert dl.noise_band(pd.DataFrame(rows)) == pytest.approx(2 * (2 * variance / 3) ** 0.5)
+
+
+def test_contrasts_are_differences_of_means_in_the_factorial_whatever_else_is_in_settings(
+    monkeypatch,
+):
     monkeypatch.setitem(dl.SETTINGS, "strong", dl.Setting("strong", "Strong", dropout=0.5))
-
-
-def results_of(table):
-    """results of a table of accuracies, settings in columns, seeds in rows."""
-    return (
-        table.rename_axis(columns="setting", index="seed")
-        .stack()
-        .rename("test_accuracy")
-        .reset_index()
-    )
-
-
-@pytest.fixture
-def table():
-    noise = np.random.default_rng(0).normal(0, 0.002, (8, 9))
-    by_seed = np.random.default_rng(1).normal(0, 0.01, (8, 1))  # must not widen anything
-    truth = [0.9 + 0.001 * d + 0.004 * w + 0.005 * b - 0.002 * w * b for d, w, b in NAMES]
-    return pd.DataFrame(noise + by_seed + [*truth, 0.5], columns=[*NAMES.values(), "strong"])
-
-
-def test_eight_settings_need_a_wider_difference_and_49_degrees_of_freedom(table):
-    pairs = itertools.product(range(8), range(8))  # a two-way table by least squares
-    design = np.array([[*np.eye(8)[seed], *np.eye(8)[name][1:]] for seed, name in pairs])
-    rest = np.linalg.lstsq(design, table.drop(columns="strong").to_numpy().ravel(), rcond=None)[1]
-    expected = stats.studentized_range.ppf(0.95, 8, 49) * math.sqrt(rest.item() / 49 / 8)
-    results = results_of(table.drop(columns="strong"))
-    for more in ([], [results.iloc[[0]].assign(seed=8)]):  # one setting may have more seeds
-        assert dl.tukey_hsd(pd.concat([results, *more])) == pytest.approx(expected)
-
-
-def test_effects_of_the_factorial_are_what_went_in_with_intervals_as_wide_as_their_means(table):
-    found = dl.effects(results_of(table))
-    effect, half = found.effect, found.half_width
+    truth = {name: 0.9 + 0.01 * i**2 for i, name in enumerate(NAMES.values())}
+    weights = dl.contrasts()
+    found = pd.Series(truth)[weights.index] @ weights
     for k, name in enumerate(dl.TECHNIQUES):
-        on, off = ([NAMES[f] for f in NAMES if f[k] == level] for level in (1, 0))
-        assert effect[name] == pytest.approx((table[on].mean() - table[off].mean().array).mean())
+        on, off = ([truth[NAMES[f]] for f in NAMES if f[k] == level] for level in (1, 0))
+        assert found["main", name, ""] == pytest.approx(np.mean(on) - np.mean(off))
         for before, after in zip(off, on):
-            gain = table[after].mean() - table[before].mean()
-            assert effect[f"{name} over {before}"] == pytest.approx(gain)
-    total = effect[[f"{name} over baseline" for name in dl.TECHNIQUES]].sum()
-    assert effect["sum of single gains"] == pytest.approx(total)
-    assert effect["gain of all three"] == pytest.approx((table.combined - table.baseline).mean())
-    more = [effect[f"{W} over {name}"] for name in (B, f"{D}_{B}", "baseline", D)]
-    assert effect[f"{W} and {B}"] == pytest.approx((more[0] + more[1] - more[2] - more[3]) / 2)
-    assert abs(effect[f"{W} and {B}"] + 0.002) < half[f"{W} and {B}"], "the truth is outside"
-    # A main effect is a difference of two means of 32 runs, an interaction of 2 · 16 and 2 · 16.
-    t = stats.t.ppf(0.975, 49) / stats.studentized_range.ppf(0.95, 8, 49) * math.sqrt(8)
-    scale = t * dl.tukey_hsd(results_of(table.drop(columns="strong")))
-    assert half[D] == pytest.approx(scale * math.sqrt(2 / 32))
-    assert half[f"{D} and {B}"] == pytest.approx(2 * half[D])
-    assert half["gain of all three"] == pytest.approx(scale * math.sqrt(2 / 8))
-    assert half["sum of single gains"] == pytest.approx(scale * math.sqrt(12 / 8))
+            setting = next(n for n in truth if truth[n] == before)
+            assert found["gain", name, setting] == pytest.approx(after - before)
+    gains = found["gain", W]
+    more = (gains[B] + gains[f"{D}_{B}"] - gains["baseline"] - gains[D]) / 2
+    assert found["interaction", W, B] == pytest.approx(more)
+    assert found["difference", "combined", ""] == pytest.approx(
+        truth["combined"] - truth["baseline"]
+    )
+    monkeypatch.delitem(dl.SETTINGS, "combined")
+    with pytest.raises(ValueError, match="expected all 8"):
+        dl.contrasts()
 
 
-def test_effects_of_an_incomplete_factorial_are_refused(table, monkeypatch):
-    with pytest.raises(KeyError, match="dropout_batch_norm"):
-        dl.effects(results_of(table.drop(columns="dropout_batch_norm")))
-    rest = {name: row for name, row in dl.SETTINGS.items() if name != "dropout_batch_norm"}
-    monkeypatch.setattr(dl, "SETTINGS", rest)  # delitem would put the row back at the end
-    with pytest.raises(ValueError, match="SETTINGS have 7 combinations of the techniques"):
-        dl.effects(results_of(table))
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    weights = pd.DataFrame({"gain": {"one": 1.0, "other": -1.0}})
+    images, covered = 400, 0
+    seeds_std, image_std, both_std = 0.0035, 0.012, 0.04  # of the difference; sizes as found
+    index = pd.MultiIndex.from_product([["one", "other"], range(8)])
+    for _ in range(1000):
+        by_seed, by_image = rng.normal(0, seeds_std, (8, 1)), rng.normal(0, image_std, images)
+        gain = 0.01 + by_seed + by_image + rng.normal(0, both_std, (8, images))
+        right = pd.DataFrame(np.vstack([gain, 0 * gain]), index)
+        effect, half = dl.intervals(right, weights).loc["gain"]
+        covered += abs(effect - 0.01) <= half
+    assert 930 <= covered <= 970
 
 
-def test_equal_fit_is_read_off_where_train_accuracy_first_crosses_the_level():
-    def run(name, train, test):
-        rows = [
-            (name, 0, e, split, value)
-            for split, values in (("train", train), ("test", test))
-            for e, value in enumerate(values, 1)
-        ]
-        return pd.DataFrame(rows, columns=["setting", "seed", "epoch", "split", "accuracy"])
+def test_intervals_of_one_seed_are_unknown_and_seeds_without_a_partner_left_out():
+    index = pd.MultiIndex.from_tuples([("one", 0), ("one", 1), ("other", 0)])
+    right = pd.DataFrame([[1.0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]], index)
+    effect, half = dl.intervals(right, pd.DataFrame({"d": {"one": 1, "other": -1}})).loc["d"]
+    assert effect == 0.25 and np.isnan(half)
 
-    first = run("a", (0.90, 0.94, 0.96, 0.97), (0.80, 0.84, 0.86, 0.85))
-    dips = run("b", (0.951, 0.93, 0.9599), (0.70, 0.60, 0.90))
-    level, found = dl.equal_fit(pd.concat([first, dips]))
-    assert level == 0.95
-    assert found["a", 0] == pytest.approx(0.85)  # half way from 0.84 to 0.86
-    assert found["b", 0] == 0.70  # its first epoch is there already
+
+def test_hits_are_what_each_run_gets_right(trained, splits):
+    runs = [trained["dropout"], trained["combined"]]
+    right = dl.hits(runs, splits["test"])
+    assert list(right.index) == [("dropout", 0), ("combined", 0)]
+    for run, (_, row) in itertools.zip_longest(runs, right.iterrows()):
+        assert row.mean() == pytest.approx(run.metrics["test"].accuracy)
+        answers = run.model(splits["test"].images).argmax(1)
+        assert row.tolist() == (answers == splits["test"].labels).double().tolist()
