@@ -42,7 +42,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -58,19 +58,19 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------ settings
 
 
-def _allow(words, rule, **options):
-    """A field of a dataclass, with the values that it may have in words and as a rule."""
-    return field(metadata={"words": words, "rule": rule}, **options)
-
-
-def _one_of(*values):
-    return _allow(f"one of {', '.join(map(str, values))}", values.__contains__, default=values[0])
+def _field(default, words: str, rule):
+    """A field of a dataclass: its default, and the values that it may have in words and as a
+    rule."""
+    return field(default=default, metadata={"words": words, "rule": rule})
 
 
 def _check_fields(record) -> None:
-    """Refuse values that their fields do not allow, and make NumPy's numbers Python's."""
+    """Refuse values that their fields do not allow, and make NumPy's numbers Python's. The types
+    of the fields are called, so they must not be strings (no `from __future__ import annotations`
+    in this file)."""
     for entry in fields(record):
-        value, allowed = getattr(record, entry.name), False
+        value = getattr(record, entry.name)
+        allowed = False
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             plain = entry.type(value)
             allowed = plain == value and entry.metadata["rule"](plain)
@@ -84,14 +84,17 @@ class Setting:
     """What is compared: techniques, their strength, and the learning rate that suits them.
     Raises ValueError for a value that is not allowed."""
 
-    name: str = _allow("letters, digits, - and _", re.compile(r"[\w-]+").fullmatch)  # of files
-    label: str = _allow("a text", str.strip, compare=False)  # in tables and figures
+    # Of files, and in tables and figures. A label does not make another setting.
+    name: str = _field(MISSING, "letters, digits, - and _", re.compile(r"[\w-]+").fullmatch)
+    label: str = field(compare=False, metadata={"words": "a text", "rule": str.strip})
     # Probability of dropping a hidden fully connected unit (Srivastava et al. 2014).
-    dropout: float = _allow("a number >= 0 and < 1", lambda p: 0 <= p < 1, default=0.0)
+    dropout: float = _field(0.0, "a number >= 0 and < 1", lambda p: 0 <= p < 1)
     # Lambda of the penalty lambda / 2 * ||w||^2 on the weights (Krogh and Hertz 1991).
-    weight_decay: float = _allow("a number >= 0", lambda x: 0 <= x < math.inf, default=0.0)
-    batch_norm: bool = _one_of(False, True)  # of all hidden layers (Ioffe and Szegedy 2015)
-    lr: float = _allow("a number > 0", lambda x: 0 < x < math.inf, default=0.08)  # the highest
+    weight_decay: float = _field(0.0, "a number >= 0", lambda x: 0 <= x < math.inf)
+    # Of all hidden layers (Ioffe and Szegedy 2015).
+    batch_norm: bool = _field(False, "True or False", lambda _: True)
+    # Peak of the schedule.
+    lr: float = _field(0.08, "a number > 0", lambda x: 0 < x < math.inf)
     __post_init__ = _check_fields
 
 
@@ -99,27 +102,35 @@ class Setting:
 class TrainConfig:
     """What all settings share. Raises ValueError for a value that is not allowed."""
 
-    epochs: int = _allow("a whole number >= 1", lambda n: n >= 1, default=16)
-    batch_size: int = _allow("a whole number >= 1", lambda n: n >= 1, default=128)
-    # Draws validation images, initial weights, order of batches and dropout masks.
-    seed: int = _allow("a whole number, 0 to 2**30", lambda n: 0 <= n <= 2**30, default=0)
-    optimizer: str = _one_of("sgd", "adam")
+    epochs: int = _field(16, "a whole number >= 1", lambda n: n >= 1)
+    batch_size: int = _field(128, "a whole number >= 1", lambda n: n >= 1)
+    # Four independent streams of random numbers: a generator with seed itself draws the validation
+    # images, one with 3 seed the initial weights, 3 seed + 1 the order of batches, 3 seed + 2 the
+    # dropout masks.
+    seed: int = _field(0, "a whole number, 0 to 2**30", lambda n: 0 <= n <= 2**30)
+    optimizer: str = _field("sgd", "sgd or adam", ("sgd", "adam").__contains__)
     __post_init__ = _check_fields
 
 
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("baseline", "No regularization", lr=0.04),
-        Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
-        Setting("weight_decay", "Weight decay", weight_decay=0.001, lr=0.08),
-        Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
-        Setting("dropout_weight_decay", "Dropout + weight decay", 0.1, 0.001, lr=0.08),
-        Setting("dropout_batch_norm", "Dropout + batch norm", 0.1, 0.0, True, lr=0.64),
-        Setting("weight_decay_batch_norm", "Weight decay + batch norm", 0.0, 0.001, True, lr=0.32),
-        Setting("combined", "All three", 0.2, 0.002, True, lr=0.04),
-    )
-}
+_ROWS = (
+    Setting("baseline", "No regularization", lr=0.04),
+    Setting("dropout", "Dropout", dropout=0.1, lr=0.08),
+    Setting("weight_decay", "Weight decay", weight_decay=0.001, lr=0.08),
+    Setting("batch_norm", "Batch norm", batch_norm=True, lr=1.28),
+    Setting(
+        "dropout_weight_decay", "Dropout + weight decay", dropout=0.1, weight_decay=0.001, lr=0.08
+    ),
+    Setting("dropout_batch_norm", "Dropout + batch norm", dropout=0.1, batch_norm=True, lr=0.64),
+    Setting(
+        "weight_decay_batch_norm",
+        "Weight decay + batch norm",
+        weight_decay=0.001,
+        batch_norm=True,
+        lr=0.32,
+    ),
+    Setting("combined", "All three", dropout=0.2, weight_decay=0.002, batch_norm=True, lr=0.04),
+)
+SETTINGS = {setting.name: setting for setting in _ROWS}
 
 # ---------------------------------------------------------------------------------- data
 
@@ -1042,15 +1053,13 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 
 def hits(runs, split: Split) -> pd.DataFrame:
-    """Which images each checkpoint classifies right: a row for each run (setting, seed), a column
-    for each image, 1.0 or 0.0."""
+    """Which images each checkpoint classifies right, as 1.0 or 0.0: a row for each run, by setting
+    and seed, a column for each image."""
     rows = {}
     for run in runs:
         right = compute_logits(run.model, split.images).argmax(1) == split.labels.cpu()
         rows[run.setting.name, run.config.seed] = right.double().numpy()
-    return pd.DataFrame.from_dict(rows, orient="index").set_index(
-        pd.MultiIndex.from_tuples(rows, names=["setting", "seed"])
-    )
+    return pd.DataFrame([*rows.values()], pd.MultiIndex.from_tuples(rows))
 
 
 def contrasts() -> pd.DataFrame:
@@ -1085,27 +1094,26 @@ def intervals(right: pd.DataFrame, weights: pd.DataFrame) -> pd.DataFrame:
     for what other seeds and other images of the same kind would change: columns effect and
     half_width, a row for each column of weights, which has a row for each setting.
 
-    right: as hits gives it; seeds that lack a setting are left out. The variance is that of a
-    mean over two crossed random factors, seeds and images (Searle, Casella, McCulloch 1992,
-    section 4.5): of the means by seed, plus of the means by image, minus the residual, which both
-    contain. Student's t has a degree of freedom less than there are seeds; NaN with one seed."""
+    right: as hits gives it; seeds that lack a setting are left out. The variance is that of a mean
+    over two crossed random factors (Searle, Casella, McCulloch 1992): of the means by seed, plus
+    of the means by image, minus the residual, which both contain. Student's t has a degree of
+    freedom less than there are seeds; with one seed the half width is NaN."""
     rows = []
-    for name in weights:
-        used = weights[name][weights[name] != 0]
-        sums = sum(weight * right.loc[setting] for setting, weight in used.items()).dropna()
-        values = sums.to_numpy()
+    for _, weight in weights.items():
+        parts = [factor * right.loc[name] for name, factor in weight.items() if factor]
+        values = sum(parts).dropna().to_numpy()
         seeds, images = values.shape
-        if seeds == 1:
-            rows.append((values.mean(), math.nan))
-            continue
-        by_seed = values.mean(axis=1, keepdims=True)
-        by_image = values.mean(axis=0, keepdims=True)
-        residual = ((values - by_seed - by_image + values.mean()) ** 2).sum()
-        residual /= (seeds - 1) * (images - 1)
-        variance = by_seed.var(ddof=1) / seeds + by_image.var(ddof=1) / images
-        variance -= residual / (seeds * images)
-        quantile = STUDENT[min(seeds - 1, len(STUDENT)) - 1]
-        rows.append((values.mean(), quantile * math.sqrt(max(variance, 0.0))))
+        half = math.nan
+        if seeds > 1:
+            by_seed = values.mean(axis=1, keepdims=True)
+            by_image = values.mean(axis=0, keepdims=True)
+            squares = (values - by_seed - by_image + values.mean()) ** 2
+            residual = squares.sum() / (seeds - 1) / (images - 1)
+            variance = by_seed.var(ddof=1) / seeds + by_image.var(ddof=1) / images
+            variance -= residual / seeds / images
+            quantile = STUDENT[min(seeds - 1, len(STUDENT)) - 1]
+            half = quantile * math.sqrt(max(variance, 0.0))
+        rows.append((values.mean(), half))
     return pd.DataFrame(rows, index=weights.columns, columns=["effect", "half_width"])
 
 
@@ -1346,37 +1354,32 @@ def plot_rates(table: pd.DataFrame):
     return figure
 
 
-def _draw_lengths(ax, table: pd.DataFrame, x: str) -> None:
-    """Validation accuracy against x, epochs or train_accuracy, for the lengths of the study."""
-    runs = lengths(table).assign(train_accuracy=lambda t: 100 * t.train_accuracy)
-    ends = []
-    for name, (_, color, marker) in _styles(runs.setting).items():
-        means = runs[runs.setting == name].groupby("epochs").mean(numeric_only=True).reset_index()
-        ax.plot(means[x], 100 * means.val_accuracy, marker=marker, color=color, ms=4)
-        ends.append((100 * means.val_accuracy.iloc[-1], _short(name), color))
-    ax.set(xlabel=x.replace("_accuracy", " accuracy (%)"), ylabel="validation accuracy (%)")
-    _label_ends(ax, ends)
-
-
 def plot_choices(table: pd.DataFrame):
     """What rules 3 and 4 saw in the study. Left: alternatives, in points: seeds as dots, means as
-    bars, the noise in grey. Right: validation accuracy by the number of epochs."""
-    figure = _figure(1.9)
+    bars, the noise in grey. Right: train and validation accuracy by the number of epochs, which
+    stands at each point."""
+    figure = _figure(2.1)
     left, right = figure.subplots(1, 2)
-    differences = 100 * alternatives(table)
     noise = 100 * noise_band(table)
     left.axvspan(-noise, noise, color="0.85", lw=0)
-    for (optimizer, size), seeds in differences.iterrows():
+    for (optimizer, size), seeds in (100 * alternatives(table)).iterrows():
         label = "Adam" if optimizer == "adam" else f"batches of {size}"
         left.plot(seeds, [label] * len(seeds), "o", color="black", ms=3, alpha=0.6)
         left.plot(seeds.mean(), label, "|", color="black", ms=13, mew=2)
     left.set(title="One choice changed", xlabel="difference in validation accuracy (points)")
     left.margins(y=0.2)
-    _draw_lengths(right, table, "epochs")
-    epochs = sorted(lengths(table).epochs.unique())
-    right.set(title="Length", xscale="log")
-    right.set_xticks(epochs, epochs)
-    right.minorticks_off()
+    ends = []
+    means = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
+    for name, (_, color, marker) in _styles(means.index.unique("setting")).items():
+        line = means.loc[name]
+        right.plot(line.train_accuracy, line.val_accuracy, marker=marker, color=color, ms=4)
+        for epochs, (y, x) in line.iterrows():
+            above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
+            right.annotate(epochs, (x, y), color=color, fontsize=6, **above)
+        ends.append((line.val_accuracy.iloc[-1], _short(name), color))
+    right.set(title="Length in epochs", xlabel="train accuracy (%)")
+    right.set_ylabel("validation accuracy (%)")
+    _label_ends(right, ends)
     return figure
 
 
@@ -1465,9 +1468,7 @@ def plot_gains(effects: pd.DataFrame):
         gains = points.loc["gain", technique]
         gains = gains.loc[[name for name in SETTINGS if name in gains.index]]
         label, color, _ = _styles([technique])[technique]
-        mean = points.effect["main", technique, ""]
-        ax.axhline(mean, color=color, lw=1, ls="--")
-        ax.text(3.5, mean, "mean", color=color, fontsize=7, ha="right", va="bottom")
+        ax.axhline(points.effect["main", technique, ""], color=color, lw=1, ls="--")
         ticks = [*map(_short, gains.index)]
         ax.errorbar(ticks, gains.effect, yerr=gains.half_width, fmt="o", color=color, ms=4)
         ax.set(title=f"{label} ({_short(technique)})", xlabel="others that are on")
@@ -1482,6 +1483,9 @@ def plot_gains(effects: pd.DataFrame):
     axes[0].set_ylabel("gain on test (points)")
     for ax in axes:
         ax.axhline(0, color="black", lw=0.6)
+    for ax, technique in zip(axes, TECHNIQUES):
+        mean = points.effect["main", technique, ""]
+        _label_ends(ax, [(mean, f"{mean:+.2f}", _styles([technique])[technique][1])])
     return figure
 
 
@@ -1531,15 +1535,6 @@ def plot_story(history, norms, table, names, layer: str = "fc3"):
         product.semilogx(x, cells.val_accuracy, label=f"λ = {decay:g}", **style)
     product.set(title="W+B by rate × λ", xlabel="rate × λ", ylabel="accuracy (%)")
     product.legend(loc="center left", fontsize=7)
-    return figure
-
-
-def plot_fit(table: pd.DataFrame):
-    """Validation against train accuracy after 8, 16 and 32 epochs of the study, left to right."""
-    figure = _figure(2.0)
-    ax = figure.subplots()
-    _draw_lengths(ax, table, "train_accuracy")
-    ax.set_title("At equal fit: after 8, 16 and 32 epochs")
     return figure
 
 

@@ -216,15 +216,21 @@ def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):
         assert bar.get_xdata()[0] == pytest.approx(np.mean(dots.get_xdata()))
     width = left.patches[0].get_extents().width / left.transData.get_matrix()[0, 0]
     assert width == pytest.approx(200 * dl.noise_band(study))
-    fit = dl.plot_fit(study).axes[0]
     lengths = 100 * dl.lengths(study).groupby(["setting", "epochs"])[dl.OUTCOME[:2]].mean()
-    check_ends(right, {word: lengths.val_accuracy[SHORT[word], 32] for word in SHORT})
+    ends = {word: lengths.val_accuracy[SHORT[word], 32] for word in SHORT}
+    marks = [text for text in right.texts if text.get_text() in ("8", "16", "32")]
+    for text in marks:
+        x, y = text.xy
+        row = lengths[np.isclose(lengths.val_accuracy, y) & np.isclose(lengths.train_accuracy, x)]
+        assert row.index[0][1] == int(text.get_text()), "another number of epochs"
+    assert len(marks) == 3 * len(SHORT)
+    for text in marks:
+        text.remove()
+    check_ends(right, ends)
     for word, name in SHORT.items():
-        (line,), (fits,) = lines_named(right, word), lines_named(fit, word)
-        assert list(line.get_xdata()) == [8, 16, 32]
+        (line,) = lines_named(right, word)
+        assert list(line.get_xdata()) == pytest.approx(list(lengths.train_accuracy[name]))
         assert list(line.get_ydata()) == pytest.approx(list(lengths.val_accuracy[name]))
-        assert list(fits.get_xdata()) == pytest.approx(list(lengths.train_accuracy[name]))
-        assert list(fits.get_ydata()) == pytest.approx(list(lengths.val_accuracy[name]))
 
 
 def test_convergence_draws_train_and_test_of_every_seed_under_the_right_name(tables):
