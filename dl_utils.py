@@ -400,13 +400,18 @@ def reproducible(device="cpu"):
 
 
 def find_device(device=None) -> torch.device:
-    """The device asked for; by default this machine's accelerator, else the CPU. Raises
-    ValueError for a device that this machine cannot use."""
-    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    """The device asked for; by default this machine's accelerator if it computes, else the CPU.
+    Raises ValueError for a device that cannot compute here."""
+    wanted = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(0, device=device).device
+        ones = torch.ones(1, device=wanted)
+        ones.sum().item()  # runs a kernel, which this torch may lack for an old GPU
+        return ones.device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"this machine cannot use the device {device}") from error
+        if not device:
+            return torch.device("cpu")
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"this machine cannot use the device {device} ({reason})") from error
 
 
 # ---------------------------------------------------------------------- data from outside
@@ -418,28 +423,27 @@ DATA_FILES = {  # name of the unpacked file: its SHA-256
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-TIMEOUT = 30  # seconds that a server may stay silent
+SERVER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"  # of the data's makers
+TIMEOUT = 30  # seconds that it may stay silent
 
 
 def read_data_files(root=None) -> list[Tensor]:
     """Images (N, 1, 28, 28) and labels (N,) of the train and of the test files, all uint8.
-    A file may be packed (.gz) or not, in root/FashionMNIST/raw, where torchvision puts it, in
-    root/raw or in root. Only what is there in neither form is downloaded. Raises OSError where
-    that fails, ValueError where a file does not hold what Fashion-MNIST holds."""
-    root, tensors = Path(root or HERE / "data"), []
+    A file may be packed (.gz) or not, in root/FashionMNIST/raw, as of torchvision, root/raw or
+    root; else it is downloaded. Raises OSError where that fails, ValueError for wrong content."""
+    root = Path(root or HERE / "data")
     folders = [root / "FashionMNIST" / "raw", root / "raw", root]
-    folder = next((f for f in folders if any(f.glob("*-idx?-ubyte*"))), folders[0])
+    folder = next((f for f in folders if any(f.glob("[!.]*-idx?-ubyte*"))), folders[0])
+    tensors = []
     for name in DATA_FILES:
-        paths = [*folder.glob(name), *folder.glob(f"{name}.gz")]
-        content = next(filter(None, (_unpack(path.read_bytes(), name) for path in paths)), None)
-        if paths and not content:
-            raise ValueError(
-                f"{paths[-1]} does not hold what Fashion-MNIST holds; put the "
-                "original there, or move it away: it is downloaded again"
-            )
-        content = content or _download(folder, name)
-        header, *shape = (16, 1, 28, 28) if "images" in name else (8,)  # bytes, of the IDX format
-        tensors.append(torch.frombuffer(content, dtype=torch.uint8, offset=header).view(-1, *shape))
+        files = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+        content = _unpack(files[0].read_bytes(), name) if files else _download(folder, name)
+        if not content:
+            text = "does not hold what Fashion-MNIST holds; move it away to download it again"
+            raise ValueError(f"{files[0]} {text}")
+        values = torch.frombuffer(content, dtype=torch.uint8)
+        # The header of the IDX format has 16 bytes before images, 8 before labels.
+        tensors.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
     return tensors
 
 
@@ -452,25 +456,19 @@ def _unpack(content: bytes, name: str) -> bytearray | None:
 
 
 def _download(folder: Path, name: str) -> bytearray:
-    """A data file from a server that torchvision knows, verified, kept packed in folder."""
+    """A data file from the server, verified, kept packed in folder."""
+    packed = b""
+    reason = "the server sent something else"
     try:
-        from torchvision.datasets import FashionMNIST  # slow to import, and seldom needed
-    except Exception as error:  # ImportError, or RuntimeError where it does not fit torch
-        raise OSError(f"{folder / name} is missing, and torchvision fails: {error}") from error
-    for mirror in FashionMNIST.mirrors:
-        try:
-            with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=TIMEOUT) as answer:
-                packed, reason = answer.read(), "the server sent something else"
-        except (OSError, http.client.HTTPException) as error:
-            packed, reason = b"", error
-        if content := _unpack(packed, name):
-            write_file(folder / f"{name}.gz", packed)
-            return content
-    missing = [f"{name}.gz" for name in DATA_FILES if not any(folder.glob(f"{name}*"))]
-    raise OSError(
-        f"Fashion-MNIST is not complete in {folder} and cannot be downloaded ({reason}); "
-        f"put {', '.join(missing)} there"
-    )
+        with urllib.request.urlopen(f"{SERVER}/{name}.gz", timeout=TIMEOUT) as answer:
+            packed = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = error
+    if content := _unpack(packed, name):
+        write_file(folder / f"{name}.gz", packed)
+        return content
+    text = f"{folder / name}.gz is missing and cannot be downloaded ({reason})"
+    raise OSError(f"{text}; put {', '.join(DATA_FILES)} there, packed (.gz) or not")
 
 
 def classify(model: nn.Module, picture) -> pd.Series:
