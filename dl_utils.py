@@ -30,7 +30,6 @@ import io
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import signal
 import sys
@@ -502,7 +501,8 @@ LOST_OPTIONS = {"activation": "relu", "pooling": "max", "norm_place": "after_act
 
 def checkpoint_path(folder, setting: Setting, config: TrainConfig) -> Path:
     """Where a run is saved: that of seed 0 under the setting's own name."""
-    return Path(folder) / f"{setting.name}{f'-seed{config.seed}' if config.seed else ''}.pt"
+    seed = f"-seed{config.seed}" if config.seed else ""
+    return Path(folder) / f"{setting.name}{seed}.pt"
 
 
 def write_file(path, content: bytes) -> None:
@@ -524,39 +524,41 @@ def write_file(path, content: bytes) -> None:
 
 
 def save_checkpoint(path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint of plain types, whole or not at all. Raises OSError where it cannot."""
-    write_file(path, _to_bytes(checkpoint))
+    """Write a checkpoint, whole or not at all. Raises OSError where that fails, and ValueError,
+    before anything is written, for what load_checkpoint could not read."""
+    _from_bytes(content := _to_bytes(checkpoint))
+    write_file(path, content)
 
 
 def load_checkpoint(path, device="cpu") -> Checkpoint:
-    """Read a checkpoint to a device, running no code from it. A state dict of this network is read
-    as well, plain or as other programs wrap it, with defaults for what it does not say. Raises
+    """Read a checkpoint to a device, running no code from it. A state dict of this network, as
+    model.state_dict() gives it, is read as well, with defaults for what it does not say. Raises
     OSError where the file cannot be read, ValueError where it holds no such thing or is damaged."""
-    device = find_device(device)
     try:
         checkpoint = _from_bytes(Path(path).read_bytes())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not usable: {error}") from error
-    checkpoint.model.to(device)
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not usable: {reason}") from error
+    checkpoint.model.to(find_device(device))
     return checkpoint
 
 
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
-    state = {key: value.cpu() for key, value in checkpoint.model.state_dict().items()}
-    metrics = {name: list(metrics) for name, metrics in checkpoint.metrics.items()}
+    """The content of a file: tensors and Python's own types alone."""
+    model = checkpoint.model
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
+        model = inner  # without the wrappers of torch.compile, DataParallel and others
     payload = {
         "format": FORMAT,
         "version": VERSION,
         "setting": asdict(checkpoint.setting),
         "config": asdict(checkpoint.config),
         "history": checkpoint.history.to_dict("list"),
-        "metrics": metrics,
-        "seconds": checkpoint.seconds,
-        "versions": checkpoint.versions,
+        "metrics": {str(name): [*map(float, pair)] for name, pair in checkpoint.metrics.items()},
+        "seconds": float(checkpoint.seconds),
+        "versions": {str(name): str(value) for name, value in checkpoint.versions.items()},
         "norms": checkpoint.norms.to_dict("list"),
-        "state_dict": state,
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
     }
     torch.save(payload, buffer := io.BytesIO())
     return buffer.getvalue()
@@ -567,21 +569,21 @@ def _from_bytes(content: bytes) -> Checkpoint:
         if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch.load does not look
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            "it holds Python objects, whose code is not run; save a state_dict() instead"
-        ) from error
     except Exception as error:  # a damaged archive fails in any of a dozen ways
-        raise ValueError("it is damaged, or no zip file as torch.save writes") from error
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        payload = _wrap_state_dict(payload)
+        if isinstance(error, MemoryError) or "allocate" in str(error):  # the file may be sound
+            raise
+        text = "it is damaged, or holds Python objects, whose code is not run"
+        raise ValueError(f"{text}; torch.save(model.state_dict(), path) writes none") from error
+    if not isinstance(payload, dict):
+        raise ValueError("it holds neither a checkpoint nor a state_dict()")
+    if payload.get("format") != FORMAT:  # a state dict of another program, which says no more
+        norm = "layers.norm1.weight" in payload
+        setting = {"name": "state_dict", "label": "Weights", "batch_norm": norm}
+        payload = {"version": VERSION, "setting": setting, "config": {}, "state_dict": payload}
     if payload["version"] != VERSION:
         raise ValueError(f"it has version {payload['version']} of its format, not {VERSION}")
-    options = dict(payload["config"])
-    for name, only in LOST_OPTIONS.items():
-        if (value := options.pop(name, only)) != only:
-            raise ValueError(f"its {name} is {value!r}, which only commit 9786df0 can build")
-    setting, config = Setting(**payload["setting"]), TrainConfig(**options)
+    setting = Setting(**payload["setting"])
+    config = TrainConfig(**dict(payload["config"].items() - LOST_OPTIONS.items()))
     with torch.device("meta"):  # draws nothing: another thread may be drawing dropout masks
         model = LeNet5(setting.dropout, setting.batch_norm)
     try:
@@ -589,33 +591,16 @@ def _from_bytes(content: bytes) -> Checkpoint:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"its tensors are not those of this LeNet-5 ({reason})") from error
-    model = model.float().to(memory_format=torch.channels_last).eval()
-    metrics = {name: Metrics(*pair) for name, pair in payload["metrics"].items()}
-    history, norms = (pd.DataFrame(payload.get(name, {})) for name in ("history", "norms"))
-    rest = metrics, payload["seconds"], payload["versions"], norms
-    return Checkpoint(model, setting, config, history, *rest)
-
-
-def _wrap_state_dict(state) -> dict:
-    """What a checkpoint would hold of a state dict that another program saved."""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError("it holds neither a checkpoint of this program nor a state dict")
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): state[key] for key in state}
-    norm = "layers.norm1.weight" in state
-    setting = {"name": "state_dict", "label": "Weights", "batch_norm": norm}
-    return {
-        "version": VERSION,
-        "setting": setting,
-        "config": {},
-        "history": {},
-        "metrics": {},
-        "seconds": math.nan,
-        "versions": {},
-        "state_dict": state,
-    }
+    return Checkpoint(
+        model=model.float().to(memory_format=torch.channels_last).eval(),
+        setting=setting,
+        config=config,
+        history=pd.DataFrame(payload.get("history", {})),
+        metrics={name: Metrics(*pair) for name, pair in payload.get("metrics", {}).items()},
+        seconds=payload.get("seconds", math.nan),
+        versions=payload.get("versions", {}),
+        norms=pd.DataFrame(payload.get("norms", {})),
+    )
 
 
 # ------------------------------------------------------------------------------ many runs
