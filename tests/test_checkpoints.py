@@ -2,15 +2,17 @@
 
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import dl_utils as dl
 
@@ -46,12 +48,14 @@ class Bomb:
 
 
 CASES = {
-    "is damaged, or no zip file": lambda good: good.read_bytes()[:100_000],
-    "is damaged, or no zip file as torch.save writes": lambda good: b"accuracy: 99 %\n" * 50,
+    "is damaged, or": lambda good: good.read_bytes()[:100_000],
+    "is damaged": lambda good: b"accuracy: 99 %\n" * 50,
     "holds Python objects, whose code is not run; .*state_dict": lambda good: Bomb(),
-    "neither a checkpoint .* nor a state dict": lambda good: {"epoch": 3},
+    r"neither a checkpoint nor a state_dict\(\)": lambda good: [3],
+    r"not those of this LeNet-5 .*Missing key.*conv1": lambda good: {"model": torch.load(good)},
+    "it lacks 'setting'": lambda good: {"format": dl.FORMAT, "version": 2},
+    "name is 5; exp": lambda good: torch.load(good) | {"setting": {"name": 5, "label": "?"}},
     "has version 1 of its format, not 2": lambda good: torch.load(good) | {"version": 1},
-    r"not those of this LeNet-5 \(.*Missing key.*conv1": lambda good: nn.Linear(9, 9).state_dict(),
     "epochs is 0; expected a whole nu": lambda good: torch.load(good) | {"config": {"epochs": 0}},
     "mixup": lambda good: torch.load(good) | {"setting": {"mixup": 1}},  # of a later version
 }
@@ -86,22 +90,35 @@ def test_flipped_bytes_never_give_a_wrong_accuracy(good, trained, tmp_path_facto
 
 
 @pytest.mark.parametrize("name", ["baseline", "batch_norm"])
-def test_a_state_dict_from_elsewhere_is_measured(tiny, splits, trained, tmp_path, capsys, name):
+def test_a_plain_state_dict_of_another_program_is_measured(tiny, trained, tmp_path, capsys, name):
     run, path = trained[name], tmp_path / "foreign.pt"
-    state = run.model.state_dict()
-    for foreign in (
-        state,
-        {"_orig_mod." + key: value for key, value in state.items()},
-        {"epoch": 7, "model_state_dict": state, "optimizer_state_dict": {}},
-        {"state_dict": {"module._orig_mod." + key: value for key, value in state.items()}},
-        {"model": state},
-    ):
-        torch.save(foreign, path)
-        assert dl.evaluate(dl.load_checkpoint(path).model, splits["val"]) == run.metrics["val"]
+    torch.save(run.model.state_dict(), path)
     assert dl.main(["test", str(path), "--data", str(tiny)]) == 0
     out = capsys.readouterr().out
-    assert f"{100 * run.metrics['test'].accuracy:.2f}" in out
-    assert "record nothing to compare with" in out
+    assert all(f"{100 * metrics.accuracy:.2f}" in out for metrics in run.metrics.values())
+    assert "foreign.pt, test: no accuracy was recorded" in out and "equal" not in out
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, AveragedModel])
+def test_a_run_is_not_lost_by_a_wrapped_model_or_numbers_of_numpy(trained, tmp_path, wrap):
+    run = trained["combined"]
+    numbers = {name: dl.Metrics(*np.float64(pair)) for name, pair in run.metrics.items()}
+    seconds, versions = np.float32(1.5), {np.str_("torch"): np.str_("2")}
+    own = replace(run, model=wrap(run.model), metrics=numbers, seconds=seconds, versions=versions)
+    dl.save_checkpoint(tmp_path / "run.pt", own)
+    again = dl.load_checkpoint(tmp_path / "run.pt")
+    assert weights_equal(again, run) and again.metrics == run.metrics
+    assert again.history.equals(run.history) and again.versions == {"torch": "2"}
+    with pytest.raises(ValueError, match="not those of this LeNet-5"):  # and so not written
+        dl.save_checkpoint(tmp_path / "run.pt", replace(run, model=nn.Linear(9, 9)))
+    assert weights_equal(dl.load_checkpoint(tmp_path / "run.pt"), run)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you tried to allocate 9 bytes")])
+def test_a_sound_file_is_not_called_damaged_where_memory_lacks(good, monkeypatch, capsys, error):
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    assert dl.main(["test", str(good)]) == 2
+    assert capsys.readouterr().err.startswith("dl_utils.py: out of memory; close other programs")
 
 
 def test_a_full_disk_names_the_file_and_loses_nothing(trained, tmp_path, monkeypatch):

@@ -2,17 +2,21 @@
 is killed meanwhile."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 import pandas as pd
 import pytest
-from conftest import SETTINGS, save, start, study_rows, weights_equal
+from conftest import ROOT, SETTINGS, save, start, study_rows, weights_equal
+from nbclient import NotebookClient
 
 import dl_utils as dl
 from dl_utils import Setting, TrainConfig, train
@@ -20,8 +24,8 @@ from dl_utils import Setting, TrainConfig, train
 
 def test_own_settings_and_configs_are_saved_collected_and_tested(tiny, tmp_path, one, capsys):
     strong = Setting("strong_dropout", "Dropout 0.5", dropout=0.5)
-    classic = TrainConfig(2, 16, seed=3, activation="tanh", pooling="average")
-    jobs = [(strong, classic), (SETTINGS["dropout"], TrainConfig(2, 16)), (strong, classic)]
+    adam = TrainConfig(2, 16, seed=3, optimizer="adam")
+    jobs = [(strong, adam), (SETTINGS["dropout"], TrainConfig(2, 16)), (strong, adam)]
     runs = dl.train_and_save(jobs, tmp_path, executor=one, root=tiny)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert runs[0] is runs[2] and names == ["dropout.pt", "strong_dropout-seed3.pt"]
@@ -30,34 +34,79 @@ def test_own_settings_and_configs_are_saved_collected_and_tested(tiny, tmp_path,
     assert results.test_accuracy[1] == runs[0].metrics["test"].accuracy
     assert results.train_loss[1] == runs[0].metrics["train"].loss
     assert len(history) == 2 * 2 * 3 and set(history.setting) == {"dropout", "strong_dropout"}
+    for path in tmp_path.glob("*.pt"):  # as macOS leaves them on USB drives
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
     assert dl.main(["test", str(tmp_path), "--data", str(tiny)]) == 0
     assert "Dropout 0.5, seed 3" in capsys.readouterr().out
     assert dl.main(["collect", str(tmp_path)]) == 0
     assert pd.read_csv(tmp_path / "results.csv").equals(results)
 
 
-def test_a_run_that_is_there_is_loaded_and_what_cannot_be_right_is_said_before_training(
+def test_finished_runs_are_shown_from_a_folder_that_cannot_be_written_to(
     config, tmp_path, trained, monkeypatch
 ):
     save(tmp_path, trained["baseline"])
-    before = (tmp_path / "baseline.pt").read_bytes()
-    setting = replace(SETTINGS["baseline"], label="Plain")  # a label does not make another run
-    (found,) = dl.train_and_save([(setting, config)], tmp_path, root="nowhere")
-    assert weights_equal(found, trained["baseline"])
-    for job in ((setting, replace(config, epochs=9)), (replace(setting, lr=0.5), config)):
-        with pytest.raises(
-            ValueError, match="another run: (epochs is 3, not 9|lr is .*, not 0.5);"
-        ):
+    fail = mock.Mock(side_effect=OSError(30, "Read-only file system"))
+    monkeypatch.setattr(Path, "mkdir", fail)
+    monkeypatch.setattr(os, "replace", fail)
+    jobs = [(replace(SETTINGS["baseline"], label="Plain"), config), (SETTINGS["dropout"], config)]
+    (found,) = dl.train_and_save(jobs[:1], tmp_path)  # a label does not make another run
+    assert weights_equal(found, trained["baseline"]) and len(dl.collect(tmp_path)[0]) == 1
+    with pytest.raises(OSError, match="cannot be written .Read-only"):  # before any training
+        dl.train_and_save(jobs, tmp_path, root="nowhere")
+
+
+def test_no_run_is_taken_for_another_one(config, tmp_path, trained):
+    run, path = trained["baseline"], tmp_path / "baseline.pt"
+    save(tmp_path, run)
+    before = path.read_bytes()
+    for job, reason in (
+        ((run.setting, replace(config, epochs=9)), "epochs is 3, not 9"),
+        ((replace(run.setting, lr=0.5), config), "lr is .*, not 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"baseline.pt holds another run: {reason}; choose"):
             dl.train_and_save([job], tmp_path)
-    assert (tmp_path / "baseline.pt").read_bytes() == before
     with pytest.raises(ValueError, match="two different jobs have the same name and seed"):
-        dl.train_and_save([(setting, TrainConfig(epochs)) for epochs in (1, 2)], tmp_path / "new")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(PermissionError, match="cannot be written to"):
-        dl.train_and_save([(setting, config)], tmp_path / "new")
-    (tmp_path / "baseline.pt").rename(tmp_path / "dropout.pt")
+        dl.train_and_save([(run.setting, TrainConfig(epochs)) for epochs in (1, 2)], tmp_path)
+    assert path.read_bytes() == before
+    save(tmp_path, replace(run, config=replace(config, seed=1, epochs=1)))  # a trial
+    with pytest.raises(ValueError, match=r"baseline.pt, unlike another seed: epochs is 3, not 1; "):
+        dl.collect(tmp_path)
+    path.rename(tmp_path / "dropout.pt")
     with pytest.raises(ValueError, match=r"dropout.pt holds the run of baseline.pt; move"):
         dl.collect(tmp_path)
+    with pytest.raises(ValueError, match="another run: name is baseline, not dropout"):
+        dl.train_and_save([(replace(run.setting, name="dropout"), config)], tmp_path)
+    save(tmp_path, replace(run, metrics={"train": run.metrics["train"]}))
+    with pytest.raises(ValueError, match="another run: val is not measured, test is not measured"):
+        dl.train_and_save([(run.setting, config)], tmp_path)
+    assert dl.train_and_save([(run.setting, config)], tmp_path, split_names=["train"])
+
+
+def test_an_executor_that_forks_is_refused_before_it_hangs(config):
+    executor = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+    with pytest.raises(ValueError, match="torch hangs in forked processes; give mp_context="):
+        dl.train_many([(SETTINGS["baseline"], config)], executor)
+
+
+NOTEBOOK = """
+import tiny, dl_utils as dl
+from concurrent.futures import ThreadPoolExecutor
+jobs = [(dl.SETTINGS["baseline"], dl.TrainConfig(1, seed=seed)) for seed in range(2)]
+runs = dl.train_many(jobs, ThreadPoolExecutor(1), root=tiny.os.environ["TINY"])
+"""
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_notebook_shows_how_far_training_is_and_keeps_nothing_of_it(tiny, monkeypatch):
+    monkeypatch.setenv("TINY", str(tiny))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(ROOT / "tests")}})
+    client.process_message = spy = mock.Mock(side_effect=client.process_message)
+    client.execute()
+    shown = "".join(call.args[0]["content"].get("text", "") for call in spy.call_args_list)
+    assert "0/2" in shown and "baseline, seed 1: train" in shown and "2/2" in shown
+    assert notebook.cells[0].outputs == []
 
 
 def processes(session):
@@ -81,20 +130,17 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 MANY = "train", "baseline", "--seeds", *range(6), "--epochs", 15, "--workers", 2, "--out"
 
 
-def kill_after_a_run(process):
+@needs_proc
+def test_killed_training_loses_no_finished_run_and_leaves_no_worker(tiny, tmp_path):
+    process = start(tiny, *MANY, tmp_path)
     assert ", seed " in process.stdout.readline()  # at once, though it is a pipe
     process.kill()
     process.communicate(timeout=20)
     wait_until_gone(process)
-
-
-@needs_proc
-def test_killed_training_loses_no_finished_run_and_leaves_no_worker(tiny, tmp_path):
-    kill_after_a_run(start(tiny, *MANY, tmp_path))
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     assert 1 <= len(kept) < 6
     out, err = start(tiny, *MANY, tmp_path).communicate(timeout=100)
-    assert f"6 of 6 runs ({len(kept)} were there already)" in out, err
+    assert out.count(", seed ") == 6 - len(kept) and out.endswith("6 runs\n"), err
     assert kept.items() <= {path: path.read_bytes() for path in tmp_path.glob("*.pt")}.items()
     assert len(dl.load_runs(tmp_path)) == 6
 
@@ -109,7 +155,7 @@ def test_a_killed_worker_is_said_with_what_to_do_and_the_rest_is_kept(tiny, tmp_
     os.kill(int(workers[0].name), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in err
-    assert re.search(r"not finished: \d runs, as a worker was killed \(short of memory\?", err)
+    assert re.search(r"baseline, seed 5 failed \(a worker was killed \(short of memory\?", err)
     assert 1 <= len(dl.load_runs(tmp_path)) < 6
     wait_until_gone(process)
 
@@ -158,52 +204,38 @@ def test_a_search_records_what_train_gives_and_has_no_test_split(tiny, tmp_path,
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("relu", "gelu", "activation is 'gelu'; expected one of relu, tanh"),
-        (",8,", ",,", "epochs is nan"),
-        ("val_accuracy", "accuracy", "val_accuracy"),
+        ("sgd", "sgdm", "row 2: optimizer is 'sgdm'; expected one of sgd, adam"),
+        (",8,", ",,", "row 2: epochs cannot be nan"),
+        ("0.02,8,16,101,sgd,", "0.02,8,16,101,sgd,todo", "row 3: val_accuracy cannot be todo"),
+        ("0.02,8", "0.01,8", "row 3: an earlier row has the same run"),
+        ("\nA,", "\n,", "row 2: part cannot be nan"),
+        ("\nA", "\npart,setting,dropout\nA", "row 2: dropout cannot be dropout"),  # a second header
+        (",,\n", ",,,\n", "has the columns part, .*; expected, between commas, part, .* no more"),
+        (",", ";", "has the columns part;setting;.*; expected, between commas, part, setting"),
+        ("val_accuracy", "accuracy", "expected, between commas, .* val_accuracy"),
     ],
 )
-def test_a_plan_that_cannot_be_run_or_runs_elsewhere_is_said(tmp_path, old, new, sentence):
+def test_a_plan_that_cannot_be_run_is_said_and_kept(tmp_path, old, new, sentence):
     path = plan(tmp_path / "plan.csv", 0.01, 0.02)
-    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"plan.csv is not the table of a study: .*{sentence}"):
+    text = path.read_text(encoding="utf-8").replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"plan.csv.* {sentence}"):
         dl.search(path)
-    lock, failure = dl.FileLock(path.with_suffix(".lock")), pytest.raises(OSError, match="another")
-    with lock, failure:
-        dl.search(path)
+    assert path.read_text(encoding="utf-8") == text
 
 
-@needs_proc
-def test_a_killed_search_goes_on_with_what_is_missing(tiny, tmp_path):
-    path = plan(tmp_path / "plan.csv", 0.01, 0.02, 0.03, 0.04, 0.05, 0.06)
-    kill_after_a_run(start(tiny, "search", path, "--workers", 2))
-    kept = pd.read_csv(path).dropna()
-    assert 1 <= len(kept) < 6
-    out, err = start(tiny, "search", path, "--workers", 2).communicate(timeout=100)
-    assert f"{path}: 6 of 6 runs" in out, err
-    assert pd.read_csv(path).loc[kept.index].equals(kept), "a finished row changed"
-    assert len(re.findall("dropout, seed 101: train", out)) == 6 - len(kept), "one ran again"
+def test_rows_that_are_added_while_a_search_runs_are_kept(tiny, tmp_path, one, monkeypatch):
+    path = plan(tmp_path / "plan.csv", 0.01)
+    more = plan(tmp_path / "more.csv", 0.02).read_text(encoding="utf-8").split("\n", 1)[1]
 
+    def add_rows_and_train(*args, **options):
+        if len(pd.read_csv(path)) == 1:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(more)
+        with pytest.raises(OSError, match="another search is running on"):
+            dl.search(path)
+        return train(*args, **options)
 
-def test_rule_1_chooses_the_highest_mean_then_the_weaker_then_the_slower():
-    def chosen(*cells):
-        rows = [
-            row
-            for lr, dropout, accuracies in cells
-            for row in study_rows(accuracies, lr=lr, dropout=dropout)
-        ]
-        best = dl.best_cells(pd.DataFrame(rows)).loc["baseline"]
-        return best.lr, best.dropout
-
-    low, high = (0.1, 0.2, 0.3), (0.2, 0.2, 0.5)
-    assert chosen((0.01, 0.1, low), (0.02, 0.5, high)) == (0.02, 0.5)
-    assert chosen((0.01, 0.5, low), (0.02, 0.1, low[::-1])) == (0.02, 0.1)
-    assert chosen((0.02, 0.5, low), (0.01, 0.5, low[::-1])) == (0.01, 0.5)
-
-
-def test_the_noise_band_is_two_standard_errors_of_a_paired_difference():
-    cells = {0.1: (0.90, 0.92, 0.91), 0.2: (0.91, 0.91, 0.91), 0.4: (0.5, 0.6, 0.7)}
-    rows = [row for lr, accuracies in cells.items() for row in study_rows(accuracies, lr=lr)]
-    # Of two cells, the residuals are half of the differences' deviations: -0.01, 0.01, 0.
-    variance = 4 * 0.005**2 / 2
-    assert dl.noise_band(pd.DataFrame(rows)) == pytest.approx(2 * (2 * variance / 3) ** 0.5)
+    monkeypatch.setattr(dl, "train", add_rows_and_train)
+    table = dl.search(path, one, root=tiny)
+    assert list(table.lr) == [0.01, 0.02] and list(table.val_accuracy.notna()) == [True, False]

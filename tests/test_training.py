@@ -134,8 +134,8 @@ def test_real_workers_give_the_bits_of_one_run_and_the_bar_tells_the_truth(tiny,
     out, _ = process.communicate(timeout=60)
     os.close(terminal)
     assert process.returncode == 0 and len(re.findall(r"seed \d: train .* test", out)) == 4, shown
-    counts = [int(n) for n in re.findall(rb"(\d+)/32 ", shown)]
-    assert counts == sorted(counts) and counts[-1] == 32
+    counts = [int(n) for n in re.findall(rb"(\d+)/4 ", shown)]
+    assert counts == sorted(counts) and counts[-1] == 4
     assert {1, 2, 3} & {*counts}, "nothing was shown before the first run ended"
     for found in dl.load_runs(tmp_path):
         setting, seed = dl.SETTINGS[found.setting.name], found.config.seed
@@ -179,7 +179,7 @@ def test_a_run_is_kept_while_the_next_trains_or_said_lost(tiny, jobs, one, monke
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
-        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    3600000 kB\n"}, 3),
+        ({"available": 3.7e9}, 3),
         ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
         ({"sys/fs/cgroup/cpu.max": "max 100000\n", "sys/fs/cgroup/memory.max": "max\n"}, 99),
         ({"proc/self/cgroup": "0::/a/b c\n", "sys/fs/cgroup/a/b c/cpu.max": "300000 100000"}, 3),
@@ -188,6 +188,8 @@ def test_a_run_is_kept_while_the_next_trains_or_said_lost(tiny, jobs, one, monke
 )
 def test_workers_are_what_cpus_and_memory_allow(files, limit, tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(99), raising=False)
+    memory = dl.psutil.virtual_memory()._replace(available=files.pop("available", 1e12))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
