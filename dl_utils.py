@@ -147,17 +147,14 @@ def load_fashion_mnist(root=None, seed: int = 0) -> dict[str, Split]:
     """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing: "train" (55,000 images)
     and "val" (5,000), which seed draws from the 60,000 training images, and "test" (10,000).
     root: the folder, by default data/ beside this file. Raises as read_data_files."""
-    pixels, labels, *test = read_data_files(root)
+    files = read_data_files(root)
+    images, labels = files["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    val, train = order.tensor_split([len(labels) // 12])
-    parts = {
-        "train": (pixels[train], labels[train]),
-        "val": (pixels[val], labels[val]),
-        "test": test,
-    }
+    val, train = order.tensor_split([len(labels) // 12])  # 5,000 of 60,000
+    parts = {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
     return {
-        name: Split(pixels.float().div_(255).sub_(MEAN).div_(STD), labels.long())
-        for name, (pixels, labels) in parts.items()
+        name: Split(images.float().div_(255).sub_(MEAN).div_(STD), labels.long())
+        for name, (images, labels) in (parts | {"test": files["test"]}).items()
     }
 
 
@@ -428,8 +425,8 @@ SERVER = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"  # of the 
 TIMEOUT = 30  # seconds that it may stay silent
 
 
-def read_data_files(root=None) -> list[Tensor]:
-    """Images (N, 1, 28, 28) and labels (N,) of the train and of the test files, all uint8.
+def read_data_files(root=None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images (N, 1, 28, 28) and labels (N,), uint8, of the "train" and of the "test" files.
     A file may be packed (.gz) or not, in root/FashionMNIST/raw, as of torchvision, root/raw or
     root; else it is downloaded. Raises OSError where that fails, ValueError for wrong content."""
     root = Path(root or HERE / "data")
@@ -437,15 +434,17 @@ def read_data_files(root=None) -> list[Tensor]:
     folder = next((f for f in folders if any(f.glob("[!.]*-idx?-ubyte*"))), folders[0])
     tensors = []
     for name in DATA_FILES:
-        files = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
-        content = _unpack(files[0].read_bytes(), name) if files else _download(folder, name)
-        if not content:
+        paths = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+        contents = (_unpack(path.read_bytes(), name) for path in paths)
+        content = next(filter(None, contents), None)  # of the first that is intact
+        if paths and not content:
             text = "does not hold what Fashion-MNIST holds; move it away to download it again"
-            raise ValueError(f"{files[0]} {text}")
+            raise ValueError(f"{paths[0]} {text}")
+        content = content or _download(folder, name)
         values = torch.frombuffer(content, dtype=torch.uint8)
         # The header of the IDX format has 16 bytes before images, 8 before labels.
         tensors.append(values[16:].view(-1, 1, 28, 28) if "images" in name else values[8:])
-    return tensors
+    return {"train": tuple(tensors[:2]), "test": tuple(tensors[2:])}
 
 
 def _unpack(content: bytes, name: str) -> bytearray | None:
@@ -585,7 +584,10 @@ def _from_bytes(content: bytes) -> Checkpoint:
     if payload["version"] != VERSION:
         raise ValueError(f"it has version {payload['version']} of its format, not {VERSION}")
     setting = Setting(**payload["setting"])
-    config = TrainConfig(**dict(payload["config"].items() - LOST_OPTIONS.items()))
+    options = dict(payload["config"].items() - LOST_OPTIONS.items())
+    if lost := options.keys() & LOST_OPTIONS.keys():
+        raise ValueError(f"it has another {' and '.join(lost)}; commit 9786df0 of EX1 reads it")
+    config = TrainConfig(**options)
     with torch.device("meta"):  # draws nothing: another thread may be drawing dropout masks
         model = LeNet5(setting.dropout, setting.batch_norm)
     try:
@@ -792,20 +794,18 @@ def load_runs(folder) -> list[Checkpoint]:
     return sorted(runs, key=lambda run: (names.index(run.setting.name), run.config.seed))
 
 
-def collect(folder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a folder, from its checkpoints. results has a row for each run: setting,
-    label, seed, accuracy and loss of each split, seconds. history has one for each of its epochs
-    and splits: loss and accuracy. Raises as load_runs."""
-    rows, histories = [], []
-    for run in load_runs(folder):
-        key = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
-        measured = {
-            f"{split}_{measure}": value
-            for split, metrics in run.metrics.items()
-            for measure, value in metrics._asdict().items()
-        }
-        rows.append({**key, **measured, "seconds": run.seconds})
-        histories.append(run.history.assign(**key))
+def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of checkpoints, or of the folder that holds them. results has a row for each
+    run: setting, label, seed, accuracy and loss of each split, seconds. history has one for each
+    of its epochs and splits: loss and accuracy. Raises as load_runs."""
+    rows = []
+    histories = []
+    for run in load_runs(runs) if isinstance(runs, (str, os.PathLike)) else runs:
+        row = {"setting": run.setting.name, "label": run.setting.label, "seed": run.config.seed}
+        histories.append(run.history.assign(**row))
+        for split, metrics in run.metrics.items():
+            row |= {f"{split}_{name}": value for name, value in metrics._asdict().items()}
+        rows.append({**row, "seconds": run.seconds})
     return pd.DataFrame(rows), pd.concat(histories, ignore_index=True)
 
 
@@ -1640,6 +1640,9 @@ def _collect_command(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0; 1 where accuracies are not as recorded; 2 for bad
     input, a failed run (one sentence on stderr) or a fault of this program; 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show is no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

@@ -123,10 +123,9 @@ def main():
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)
-    tensors = dl.read_data_files()
     parts = [
         dl.Split((x.float() / 255 - dl.MEAN) / dl.STD, y.long())
-        for x, y in (tensors[:2], tensors[2:])
+        for x, y in dl.read_data_files().values()
     ]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

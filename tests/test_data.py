@@ -68,9 +68,9 @@ def test_files_may_be_packed_or_not_each_for_itself_and_the_folder_a_level_deepe
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no data"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_damaged_file_is_named_and_kept(raw, damage, packed):
+def test_a_damaged_file_is_named_and_kept_and_its_intact_twin_read(raw, damage, packed):
     path = raw / f"{IMAGES}.gz"
-    data = path.read_bytes()
+    data = intact = path.read_bytes()
     if not packed:
         path = path.rename(raw / IMAGES)
         data = gzip.decompress(data)
@@ -80,6 +80,9 @@ def test_a_damaged_file_is_named_and_kept(raw, damage, packed):
     sentence = f"{re.escape(str(path))} does not hold what Fashion-MNIST .*move it away"
     with pytest.raises(ValueError, match=sentence):
         dl.load_fashion_mnist(raw)
+    if not packed:
+        (raw / f"{IMAGES}.gz").write_bytes(intact)
+        assert len(dl.load_fashion_mnist(raw)["train"].labels) == 440
     assert path.read_bytes() == data
 
 
@@ -129,6 +132,6 @@ def test_a_server_that_sends_something_else_or_nothing_leaves_nothing(
 
 def test_the_default_folder_is_beside_the_module_wherever_one_works(tmp_path, real_splits):
     script = f"import sys; sys.path.insert(0, {str(dl.HERE)!r}); import dl_utils as dl; "
-    script += "print(len(dl.read_data_files()[3]))"
+    script += "print(len(dl.read_data_files()['test'][1]))"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
     assert done.stdout == b"10000\n" and not list(tmp_path.iterdir()), done.stderr
