@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SETTINGS, start, weights_equal
+from conftest import ROOT, SETTINGS, start, weights_equal
 
 import dl_utils as dl
 from dl_utils import LeNet5, Setting, Split, TrainConfig, evaluate, train, train_many
 
 
 def test_every_setting_learns_and_is_measured_without_dropout_after_each_epoch(trained, splits):
+    hidden = ["conv1", "norm1", "conv2", "norm2", "fc3", "norm3", "fc4", "norm4"]
     for checkpoint in trained.values():
         history = checkpoint.history
         rows = list(zip(history.epoch, history.split))
@@ -24,9 +25,44 @@ def test_every_setting_learns_and_is_measured_without_dropout_after_each_epoch(t
         for name, (images, labels) in splits.items():
             loss, accuracy = checkpoint.metrics[name]
             logits = checkpoint.model.eval()(images)
-            assert accuracy == (logits.argmax(1) == labels).sum().item() / len(labels) > 0.7
+            assert accuracy == (logits.argmax(1) == labels).sum().item() / len(labels) > 0.85
             assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
             assert (loss, accuracy) == tuple(last.loc[name, ["loss", "accuracy"]])
+        # Of the norms the first are those of the start, the last those of the model.
+        names = [name for name in hidden if checkpoint.setting.batch_norm or name[:4] != "norm"]
+        rows = list(zip(checkpoint.norms.epoch, checkpoint.norms.layer))
+        assert rows == [(epoch, name) for epoch in range(4) for name in (*names, "fc5")]
+        for epoch, model in ((0, dl.build_model(checkpoint.setting)), (3, checkpoint.model)):
+            for row in checkpoint.norms[checkpoint.norms.epoch == epoch].itertuples():
+                layer = model.layers.get_submodule(row.layer)
+                weight, bias = (part.square().sum().sqrt() for part in (layer.weight, layer.bias))
+                assert (row.weight, row.bias) == pytest.approx((weight.item(), bias.item()))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_it_learns_with_any_seed_or_tests_of_other_seeds_show_nothing(tiny, seed):
+    splits, config = dl.load_fashion_mnist(tiny, seed), TrainConfig(3, 16, seed)
+    for name in ("baseline", "dropout_weight_decay"):
+        run = train(SETTINGS[name], splits, config, every_epoch=False)
+        assert min(measured.accuracy for measured in run.metrics.values()) > 0.85, name
+
+
+@pytest.mark.parametrize("name", ["weight_decay_batch_norm", "dropout_weight_decay"])
+def test_a_shipped_run_begins_again_as_it_was(name, real_splits, monkeypatch):
+    saved, found = dl.load_checkpoint(ROOT / f"weights/{name}.pt"), []
+    here = torch.__version__, torch.backends.cpu.get_cpu_capability()
+    same = here == (saved.versions["torch"], saved.versions["cpu"])
+    # One more sign that this processor rounds as that one did.
+    same = same and evaluate(saved.model, real_splits["val"]) == saved.metrics["val"]
+    monkeypatch.setattr(dl, "evaluate", lambda *given: found.append(evaluate(*given)) or found[-1])
+    with pytest.raises(StopIteration):  # after one epoch
+        train(saved.setting, real_splits, saved.config, device="cpu", progress=iter(()).__next__)
+    first = saved.history[saved.history.epoch == 1]
+    assert list(first.split) == list(real_splits)
+    if same:
+        assert found == list(zip(first.loss, first.accuracy)), "to the last digit"
+    for measured, accuracy in zip(found, first.accuracy, strict=True):
+        assert measured.accuracy == pytest.approx(accuracy, abs=0.06)
 
 
 def test_the_last_epoch_is_the_model_whatever_validation_says(splits):
@@ -64,29 +100,54 @@ def test_all_settings_see_the_same_batches(splits, config, monkeypatch):
         assert all(map(torch.equal, batches, seen["baseline"])), name
 
 
-def test_same_seed_same_bits_whatever_the_threads_and_the_global_generator(splits, config, trained):
+def test_same_seed_same_bits_whatever_the_caller_has_set(splits, config, trained):
     torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float64)
     torch.manual_seed(77)
     state = torch.get_rng_state()
     try:
-        for name, setting in SETTINGS.items():
-            again, first = train(setting, splits, config), trained[name]
-            assert again.history.equals(first.history) and weights_equal(again, first)
-        assert torch.get_num_threads() == 2
+        with torch.autocast("cpu", torch.bfloat16):
+            for name, setting in SETTINGS.items():
+                again, first = train(setting, splits, config), trained[name]
+                assert again.history.equals(first.history) and weights_equal(again, first)
+                assert evaluate(again.model, splits["val"]) == first.metrics["val"]
+                assert again.norms.equals(first.norms)
+        assert dl.build_model(setting).layers.conv1.weight.dtype == torch.float32
+        assert torch.get_num_threads() == 2 and torch.get_default_dtype() == torch.float64
     finally:
         torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), state), "training drew from the caller's generator"
 
 
-def test_evaluation_is_in_evaluation_mode_and_restores_the_mode(splits):
+def test_a_run_that_cannot_be_used_is_said_and_not_saved(splits):
+    for size in (1, 439):  # of 440 images
+        with pytest.raises(ValueError, match="batch norm cannot train on one image"):
+            train(SETTINGS["batch_norm"], splits, TrainConfig(1, size))
+    for size in (256, 64):  # the last of two steps, and one before
+        with pytest.raises(dl.DivergedError, match="diverged in epoch 1"):
+            train(replace(SETTINGS["baseline"], lr=1e30), splits, TrainConfig(1, size))
+
+
+def test_evaluation_is_in_evaluation_mode_and_restores_what_it_sets(splits):
     model = dl.build_model(replace(SETTINGS["combined"], dropout=0.9)).train()
-    statistics = model.layers.norm1.running_mean.clone()
-    assert evaluate(model, splits["val"]) == evaluate(model, splits["val"])  # dropout is off
+    statistics, threads = model.layers.norm1.running_mean.clone(), []
+    model.register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+    alone = evaluate(model, splits["val"])
+    assert alone == evaluate(model, splits["val"])  # dropout is off
     assert torch.equal(model.layers.norm1.running_mean, statistics)
     logits = [dl.compute_logits(model, splits["val"].images, size) for size in (7, 500)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     one = Split(splits["val"].images[:1], splits["val"].labels[:1])
     evaluate(model, one)  # statistics of a batch of one would not exist
+    torch.set_num_threads(2)
+    try:
+        assert evaluate(model, splits["val"]) == alone
+        with pytest.raises(RuntimeError):
+            evaluate(model, Split(one.images[..., 1:], one.labels))
+        assert torch.get_num_threads() == 2 and {*threads} == {1}
+    finally:
+        torch.set_num_threads(1)
     assert model.training and model.layers.drop3.training
     evaluate(model.eval(), one)
     assert not model.training
