@@ -474,9 +474,9 @@ def _download(folder: Path, name: str) -> bytearray:
 def classify(model: nn.Module, picture) -> pd.Series:
     """Probabilities of the classes for one picture, the most probable first.
     picture: one item on a plain background of any colour, as an image file, a PIL image, or an
-    array (H, W), (H, W, 3) or (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. A transparent
-    one is put on black and on white; the surer answer counts. Raises ValueError for an array that
-    is no such picture (standardized images, a batch), and for a picture of one colour."""
+    array (H, W), (H, W, 3) or (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. It is put on
+    black and on white, which differ where it is transparent; the surest answer counts. Raises
+    ValueError for what is no such picture: standardized images, a batch, a single colour."""
     from PIL import Image, ImageOps  # slow to import
 
     if isinstance(picture, (str, os.PathLike)):
@@ -485,21 +485,19 @@ def classify(model: nn.Module, picture) -> pd.Series:
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] not in "IF":  # 16 bits, or floats
-            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+            picture = picture.convert("RGBA")
     pixels = np.asarray(picture).squeeze()
-    kind, channels = pixels.dtype.kind, pixels.shape[2:]
-    if pixels.ndim < 2 or not pixels.size or kind not in "buif" or channels not in ((), (3,), (4,)):
-        raise ValueError("a picture is an array (H, W), (H, W, 3) or (H, W, 4)")
-    white = 1 if kind in "bf" else 255 if pixels.max() <= 255 else 65535
-    if not -0.001 * white <= pixels.min() <= pixels.max() <= 1.001 * white:
-        raise ValueError("a picture is an array of 8 or 16 bits, or of floats from 0 to 1")
+    kind = pixels.dtype.kind
+    fits = pixels.ndim > 1 and pixels.shape[2:] in ((), (3,), (4,)) and kind in "buif"
+    fits = fits and pixels.size > 0
+    white = 1 if kind in "bf" else 255 if fits and pixels.max() <= 255 else 65535
+    if not fits or not -0.001 * white <= pixels.min() <= pixels.max() <= 1.001 * white:
+        text = "a picture is an array (H, W), (H, W, 3) or (H, W, 4)"
+        raise ValueError(f"{text} of 8 or 16 bits, or of floats from 0 to 1")
     step = max(pixels.shape[:2]) // 1000 + 1  # of ten million pixels, a million suffice
     pixels = np.atleast_3d(pixels[::step, ::step].astype("float32") / np.float32(white))
-    if channels == (4,):
-        colour, opacity = pixels[..., :3], pixels[..., 3:]
-        items = [*_cut_out(colour * opacity), *_cut_out(colour * opacity + 1 - opacity)]
-    else:
-        items = _cut_out(pixels)
+    colour, opacity = np.split(pixels, [3], axis=2) if pixels.shape[2] == 4 else (pixels, 1)
+    items = [*_cut_out(colour * opacity), *_cut_out(colour * opacity + 1 - opacity)]
     if not items:
         raise ValueError("a picture shows an item, and this one has one colour")
     images = torch.tensor(np.stack(items), dtype=torch.float32).unsqueeze(1) / 255
@@ -522,12 +520,12 @@ def _cut_out(pixels: np.ndarray) -> list[np.ndarray]:
     distance /= distance.max()
     item = distance > 0.1
     rows, columns = (np.flatnonzero(item.any(axis)) for axis in (1, 0))
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     distance[difference @ difference[item].sum(axis=0) < 0] *= -1  # most of the item is positive
     images = []
     for grey in [distance, -distance] if distance.min() < -0.4 else [distance]:
-        grey = np.where(item, grey - grey.min(initial=0, where=item), 0)[box]
-        image = Image.fromarray((grey * (255 / grey.max())).round().astype("uint8"))
+        grey = np.where(item, grey - grey.min(initial=0, where=item), 0)
+        grey = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] * (255 / grey.max())
+        image = Image.fromarray(grey.round().astype("uint8"))
         images.append(np.asarray(ImageOps.pad(image, (28, 28), Image.Resampling.LANCZOS)))
     return images
 

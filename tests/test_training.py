@@ -122,7 +122,7 @@ def test_same_seed_same_bits_whatever_the_caller_has_set(splits, config, trained
 
 def test_a_run_that_cannot_be_used_is_said_and_not_saved(splits):
     for size in (1, 439):  # of 440 images
-        with pytest.raises(ValueError, match="batch norm cannot train on one image"):
+        with pytest.raises(ValueError, match="batch norm cannot train on a last batch of one"):
             train(SETTINGS["batch_norm"], splits, TrainConfig(1, size))
     for size in (256, 64):  # the last of two steps, and one before
         with pytest.raises(dl.DivergedError, match="diverged in epoch 1"):
