@@ -204,7 +204,7 @@ def test_a_search_records_what_train_gives_and_has_no_test_split(tiny, tmp_path,
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("sgd", "sgdm", "row 2: optimizer is 'sgdm'; expected one of sgd, adam"),
+        ("sgd", "sgdm", "row 2: optimizer is 'sgdm'; expected .*sgd"),
         (",8,", ",,", "row 2: epochs cannot be nan"),
         ("0.02,8,16,101,sgd,", "0.02,8,16,101,sgd,todo", "row 3: val_accuracy cannot be todo"),
         ("0.02,8", "0.01,8", "row 3: an earlier row has the same run"),
