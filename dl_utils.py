@@ -10,12 +10,6 @@ an AMD EPYC server (AVX-512, torch 2.15.0), 110 seconds of one core a run:
 
 The lesson comes first: settings, data, model, evaluation, training. What serves it follows.
 Accuracies are fractions, losses are in nats per image, images are (N, 1, 28, 28) float32.
-
-    python dl_utils.py train dropout             one setting, from scratch, into runs/
-    python dl_utils.py test weights/dropout.pt   accuracies of saved files
-    python dl_utils.py test                      the whole table, from the saved files
-    python dl_utils.py search                    the rows of the study that lack an accuracy
-    python dl_utils.py collect runs              runs/results.csv, from the files in runs/
 """
 
 import argparse
@@ -26,7 +20,6 @@ import functools
 import gzip
 import hashlib
 import http.client
-import inspect
 import io
 import math
 import multiprocessing
@@ -311,21 +304,15 @@ def layer_norms(model: LeNet5) -> list[tuple[str, float, float]]:
 
 
 def train(
-    setting: Setting,
-    splits: dict[str, Split],
-    config: TrainConfig | None = None,
-    *,
-    device=None,
-    every_epoch: bool = True,
-    progress=None,
+    setting: Setting, splits: dict[str, Split], config=None, *, device=None, every_epoch=True
 ) -> Checkpoint:
     """Train one setting from scratch on splits["train"]; the last epoch is the model.
 
     All splits given are measured after every epoch or, without every_epoch, after the last.
-    device: as in find_device. progress is called after every epoch. On the CPU a run takes one
-    thread and gives the same bits every time; calls from several threads wait for each other.
-    Raises DivergedError after the first epoch whose loss is not finite, and ValueError before
-    the first step where batch norm would get a batch of one image."""
+    config: a TrainConfig; device: as in find_device. On the CPU a run takes one thread and gives
+    the same bits every time; calls from several threads wait for each other. Raises DivergedError
+    after the first epoch whose loss is not finite, and ValueError before the first step where
+    batch norm would get a batch of one image."""
     config = config or TrainConfig()
     device = find_device(device)
     images = len(splits["train"].labels)
@@ -353,8 +340,6 @@ def train(
             if not all(map(math.isfinite, losses)):
                 raise DivergedError(f"diverged in epoch {epoch}; choose a lower learning rate")
             norms += [(epoch, *norm) for norm in layer_norms(model)]
-            if progress:
-                progress()
         seconds = round(time.process_time() - start, 1)
     history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
     norms = pd.DataFrame(norms, columns=["epoch", "layer", "weight", "bias"])
@@ -848,10 +833,10 @@ def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
 # ---------------------------------------------------------------------------------- study
 
 # weights/search.csv is plan and record of the study: a row is a run, and one without an accuracy
-# is a run to do. Rows are added and not taken out, but for those of a network that is gone (tanh,
-# average pooling, norm before the activation: commit 9786df0 has them). All runs have 16 epochs,
-# batches of 128 and SGD, where no part says otherwise, and the seeds 101, 102 and 103, each with
-# validation images of its own. Seed 100, a pilot, gave the first windows of the grids.
+# is a run to do. Rows are not taken out, but for those of a network that is gone (tanh, average
+# pooling, norm before the activation: in commit 9786df0). All runs have 16 epochs, batches of 128
+# and SGD, where no part says otherwise, and the seeds 101, 102 and 103, each with validation images
+# of its own. A pilot, seed 100, gave the first windows of the grids.
 #
 #   A  no regularization, batch norm: rates; dropout, weight decay: strengths x rates.
 #   B  fixed choices, one changed at a time: batches of 64 and of 256, Adam (no regularization).
@@ -867,12 +852,11 @@ def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
 # 1. The score of a cell is the mean of its own mean validation accuracy and those of the cells
 #    beside it: half and twice the rate and, where strengths are tuned, the next weaker and the
 #    next stronger (p: 0.05, 0.1, 0.2, 0.5; lambda: factors of two), rounded to nine digits. A run
-#    that diverges counts as 0.1. No regularization is beside the weakest strength and never a
-#    candidate in the grid of a technique; a cell that lacks a neighbour is no candidate. A grid
-#    grows: once, each cell whose own mean is within noise of the grid's best gets the neighbours
-#    that it lacks; then the cells of the highest own mean get theirs, until they have them. A
-#    cell whose runs all diverged gets none. The highest score wins, ties go to the smaller
-#    strength, then to the smaller rate.
+#    that diverges counts as 0.1. No regularization is beside the weakest strength, but never a
+#    candidate; nor is a cell that lacks a neighbour. A grid grows: once, each cell whose own mean
+#    is within noise of the grid's best gets the neighbours that it lacks; then the cells of the
+#    highest own mean get theirs, until they have them. A cell whose runs all diverged gets none.
+#    The highest score wins, ties go to the smaller strength, then to the smaller rate.
 # 2. Combinations take the strengths that their techniques have alone; their rate is by rule 1.
 #    (Rows of other strengths are from the older rules.)
 # 3. Noise is two standard errors of a paired difference of means of three, pooled over the cells
@@ -1208,15 +1192,6 @@ def show_table(table: pd.DataFrame, caption: str):
     return Markdown("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])))
 
 
-def show_source(*functions):
-    """The source of functions or classes in a notebook, highlighted."""
-    from IPython.display import Markdown
-
-    source = "\n".join(f"```python\n{inspect.getsource(item)}```\n" for item in functions)
-    # nbconvert's HTML gives code in an output the font of what is around it
-    return Markdown(f'<div style="font-family: monospace">\n\n{source}\n</div>')
-
-
 def summary_table(results: pd.DataFrame, splits=("train", "test"), seed=None) -> pd.DataFrame:
     """Final accuracies in percent: mean ± standard deviation over the seeds and, before them, those
     of one seed where it is given. results: as collect gives them."""
@@ -1294,14 +1269,14 @@ def plot_architecture(model: LeNet5):
     figure = _figure(1.9)
     ax = figure.subplots()
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
-    marks = {"relu": ("ReLU", "black"), "norm": ("B", PALETTE[3]), "drop": ("D", PALETTE[1])}
-    x = 0.0  # of the next stage
-    stages = [("image", (1, 1, 28, 28), 0, [])]
+    marks = {"relu": "ReLU", "norm": "B", "drop": "D"}
+    stages = [["image", (1, 1, 28, 28), 0, ""]]
     for layer, shape, parameters in layer_summary(model).to_numpy():
         if layer[:-1] in names:
-            stages.append((names[layer[:-1]], shape, parameters, []))
+            stages.append([names[layer[:-1]], shape, parameters, ""])
         elif layer[:-1] in marks:
-            stages[-1][-1].append(marks[layer[:-1]])
+            stages[-1][3] += f" {marks[layer[:-1]]}"
+    x = 0.0  # of the next stage
     for name, (_, *shape), parameters, after in stages:
         count, height, width = shape if len(shape) == 3 else (1, shape[0] / 3, 3)
         step = 10 / max(count, 8)  # from one map to the next
@@ -1313,9 +1288,7 @@ def plot_architecture(model: LeNet5):
         text = {"x": x + whole / 2, "ha": "center", "fontsize": 7, "in_layout": False}
         ax.text(y=23, s=size.replace("1 maps", "1 map"), va="bottom", **text)
         ax.text(y=-23, s=f"{name}\n{parameters:,}" if parameters else name, va="top", **text)
-        for k, (mark, color) in enumerate(after):
-            middle = x + whole / 2 + (0 if k == 0 else 8 + 5 * (k - 1)) - 2.5 * (len(after) - 1)
-            ax.text(y=37, s=mark, color=color, **text | {"x": middle, "weight": "bold"})
+        ax.text(y=37, s=after.strip(), color=PALETTE[3], weight="bold", **text)
         x += max(whole, 21) + 10
     ax.set(xlim=(-1, x - 9), ylim=(-40, 44), aspect="equal")
     ax.set_axis_off()

@@ -111,7 +111,7 @@ def test_the_summary_has_one_seed_and_mean_and_deviation_of_all(tables):
     assert list(row) == ["–", "–", *row[2:]] and "±" not in row["test, mean"]
 
 
-def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
+def test_a_table_is_markdown_whose_cells_cannot_move_its_columns():
     frame = pd.DataFrame({"setting": ["a|b\nc", "All three"], "test": [90.5, 91]})
     assert dl.show_table(frame, "Table 9. Of it").data.splitlines() == [
         "| **Table 9. Of it** | test |",
@@ -119,11 +119,6 @@ def test_tables_and_source_are_markdown_that_reads_well_and_fits_the_page():
         r"| a\|b c | 90.5 |",
         "| All three | 91.0 |",
     ]
-    shown = dl.show_source(dl.LeNet5, dl.train_epoch).data
-    lines = shown.splitlines()
-    assert len(lines) <= 60 and max(map(len, lines)) <= 79
-    assert "nn.Conv2d(1, 6, kernel_size=5, padding=2)" in shown and "optimizer.step()" in shown
-    assert lines[2] == "```python" and lines[3] == "class LeNet5(nn.Module):"
 
 
 def test_the_style_of_the_user_does_not_get_into_the_figures():
@@ -156,10 +151,9 @@ def test_examples_show_each_class_and_the_diagram_shapes_and_where_techniques_si
     assert [stage.startswith(size) for stage, size in zip(stages, sizes)] == [True] * 8
     assert any("48,120" in word for word in found)
     assert len(ax.patches) == 1 + 6 + 6 + 16 + 16 + 3
-    marks = [word for word in found if word in ("ReLU", "B", "D")]
-    assert marks == ["ReLU", "B"] * 2 + ["ReLU", "B", "D"] * 2
+    assert [word for word in found if "ReLU" in word] == ["ReLU B"] * 2 + ["ReLU B D"] * 2
     plain = dl.plot_architecture(dl.build_model(dl.SETTINGS["baseline"])).axes[0]
-    assert [word for word in words(plain.texts) if word in ("ReLU", "B", "D")] == ["ReLU"] * 4
+    assert [word for word in words(plain.texts) if "ReLU" in word] == ["ReLU"] * 4
 
 
 def test_rates_draw_each_strength_and_ring_what_the_rules_choose(study):

@@ -55,8 +55,10 @@ def test_a_shipped_run_begins_again_as_it_was(name, real_splits, monkeypatch):
     # One more sign that this processor rounds as that one did.
     same = same and evaluate(saved.model, real_splits["val"]) == saved.metrics["val"]
     monkeypatch.setattr(dl, "evaluate", lambda *given: found.append(evaluate(*given)) or found[-1])
+    norms = iter([[]])  # of epoch 0
+    monkeypatch.setattr(dl, "layer_norms", lambda _: next(norms))
     with pytest.raises(StopIteration):  # after one epoch
-        train(saved.setting, real_splits, saved.config, device="cpu", progress=iter(()).__next__)
+        train(saved.setting, real_splits, saved.config, device="cpu")
     first = saved.history[saved.history.epoch == 1]
     assert list(first.split) == list(real_splits)
     if same:
