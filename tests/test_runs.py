@@ -139,7 +139,7 @@ def test_killed_training_loses_no_finished_run_and_leaves_no_worker(tiny, tmp_pa
     wait_until_gone(process)
     kept = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     assert 1 <= len(kept) < 6
-    out, err = start(tiny, *MANY, tmp_path).communicate(timeout=100)
+    out, err = start(tiny, *MANY, tmp_path).communicate(timeout=300)
     assert out.count(", seed ") == 6 - len(kept) and out.endswith("6 runs\n"), err
     assert kept.items() <= {path: path.read_bytes() for path in tmp_path.glob("*.pt")}.items()
     assert len(dl.load_runs(tmp_path)) == 6
