@@ -61,12 +61,34 @@ def test_parameter_count_of_question_2_is_that_of_real_layers():
         assert rf"{images.shape[2]} \times {images.shape[3]}" in THEORY
 
 
-def test_final_answers_hold_only_what_is_allowed():
-    """Looks at what stands after the last equals sign of each answer."""
-    parts = re.split(r"(?m)^\*\*([a-f])\.\*\*", THEORY.split("### Question 3")[1])[1:]
-    for letter, part in zip(parts[::2], parts[1::2]):
-        formulas = re.findall(r"\$\$(.+?)\$\$", part, flags=re.S)
-        answer = formulas[-1 if letter == "f" else 0].split("=")[-1]
-        found = set(re.findall(r"\\partial f}{\\partial (.+?)}[ \n$\\)]", answer + " "))
-        allowed = {"y_i", "y_j"} | (set() if letter == "f" else {r"\hat{x}_i", r"\hat{x"})
-        assert found and found <= allowed, letter
+PYTHON = {  # of what stands in the answers to question 3
+    r"\\frac\{\\partial f\}\{\\partial y_[ij]\}": "upstream",
+    r"\\frac\{\\partial f\}\{\\partial \\hat\{x\}_[ij]\}": "inner",
+    r"\\hat\{x\}_[ij]": "x_hat",
+    r"\(x_[ij] - \\mu\)": "deviation",
+    r"\\sigma\^2": "variance",
+    r"\\sqrt\{(.+?)\}": r"(\1)**(1/2)",
+    r"\^\{(.+?)\}": r"**(\1)",
+    r"\\frac\{(.+?)\}\{(.+?)\}": r"((\1)/(\2))",
+    r"\\sum_[ij] ([\w ]+\w)": r"(\1).sum()",
+    r"\\left|\\right|\\": "",
+    r"(?<=[\w)]) +(?=[\w(])": "*",
+}
+
+
+def test_every_answer_as_it_is_written_is_right_and_holds_only_what_is_allowed():
+    x, upstream = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gamma, epsilon = 0.75, 1e-3
+    right = list(dl.batch_norm_gradients(x, torch.tensor(gamma), upstream, epsilon).values())
+    deviation, variance = x - x.mean(), x.var(correction=0)
+    given = {"upstream": upstream, "deviation": deviation, "variance": variance, "m": 9}
+    given |= {"gamma": gamma, "epsilon": epsilon, "x_hat": deviation / (variance + epsilon).sqrt()}
+    with_c = given | {"inner": gamma * upstream}
+    parts = re.split(r"(?m)^\*\*[a-f]\.\*\*", THEORY.split("### Question 3")[1])[1:]
+    for part, expected, letter in zip(parts, right, "abcdef", strict=True):
+        answers = [text.split("=")[-1] for text in re.findall(r"\$\$(.+?)\$\$", part, flags=re.S)]
+        allowed = [with_c, given] if letter in "de" else [given]
+        for answer, names in zip(answers[-len(allowed) :], allowed, strict=True):
+            for pattern, python in PYTHON.items():
+                answer = re.sub(pattern, python, " ".join(answer.split()))
+            torch.testing.assert_close(eval(answer, names), expected, msg=f"{letter}: {answer}")
