@@ -459,9 +459,11 @@ def _download(folder: Path, name: str) -> bytearray:
 def classify(model: nn.Module, picture) -> pd.Series:
     """Probabilities of the classes for one picture, the most probable first.
     picture: one item on a plain background of any colour, as an image file, a PIL image, or an
-    array (H, W), (H, W, 3) or (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. It is put on
-    black and on white, which differ where it is transparent; the surest answer counts. Raises
-    ValueError for what is no such picture: standardized images, a batch, a single colour."""
+    array (H, W), (H, W, 3) or (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. As in the data
+    set (Xiao et al. 2017), what is far from the colour of the border is trimmed, its longer edge
+    made 28 pixels, grey and bright on black. It is put on black and on white, which differ where
+    it is transparent; the surest answer counts. Raises ValueError for what is no such picture:
+    standardized images, a batch, a single colour."""
     from PIL import Image, ImageOps  # slow to import
 
     if isinstance(picture, (str, os.PathLike)):
@@ -482,37 +484,29 @@ def classify(model: nn.Module, picture) -> pd.Series:
     step = max(pixels.shape[:2]) // 1000 + 1  # of ten million pixels, a million suffice
     pixels = np.atleast_3d(pixels[::step, ::step].astype("float32") / np.float32(white))
     colour, opacity = np.split(pixels, [3], axis=2) if pixels.shape[2] == 4 else (pixels, 1)
-    items = [*_cut_out(colour * opacity), *_cut_out(colour * opacity + 1 - opacity)]
+    items = []
+    for background in (0, 1):
+        shown = colour * opacity + background * (1 - opacity)
+        border = np.concatenate([shown[0], shown[-1], shown[:, 0], shown[:, -1]])
+        difference = shown - np.median(border, axis=0)
+        distance = np.abs(difference).max(axis=2)
+        item = distance > max(0.1 * distance.max(), 0.005)  # which is rounding
+        if not item.any():
+            continue
+        rows, columns = (np.flatnonzero(item.any(axis)) for axis in (1, 0))
+        distance[difference @ difference[item].sum(axis=0) < 0] *= -1  # most of it is positive
+        both = distance.min() < -0.4 * distance.max()  # light and dark parts: either may be it
+        for grey in [distance, -distance] if both else [distance]:
+            grey = np.where(item, grey - grey.min(initial=0, where=item), 0)
+            grey = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] * (255 / grey.max())
+            image = Image.fromarray(grey.round().astype("uint8"))
+            items.append(np.asarray(ImageOps.pad(image, (28, 28), Image.Resampling.LANCZOS)))
     if not items:
         raise ValueError("a picture shows an item, and this one has one colour")
     images = torch.tensor(np.stack(items), dtype=torch.float32).unsqueeze(1) / 255
     probabilities = compute_logits(model, (images - MEAN) / STD).softmax(1)
     surest = probabilities[probabilities.amax(1).argmax()]
     return pd.Series(surest.numpy(), CLASSES).sort_values(ascending=False)
-
-
-def _cut_out(pixels: np.ndarray) -> list[np.ndarray]:
-    """The item of a picture (H, W, channels) as the data set would have it (Xiao et al. 2017): what
-    is far from the colour of the border, trimmed, its longer edge 28 pixels, grey and bright on
-    black. Two versions where light and dark parts leave that open, none where there is no item."""
-    from PIL import Image, ImageOps
-
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    difference = pixels - np.median(border, axis=0)
-    distance = np.abs(difference).max(axis=2)
-    if distance.max() < 0.005:  # rounding
-        return []
-    distance /= distance.max()
-    item = distance > 0.1
-    rows, columns = (np.flatnonzero(item.any(axis)) for axis in (1, 0))
-    distance[difference @ difference[item].sum(axis=0) < 0] *= -1  # most of the item is positive
-    images = []
-    for grey in [distance, -distance] if distance.min() < -0.4 else [distance]:
-        grey = np.where(item, grey - grey.min(initial=0, where=item), 0)
-        grey = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] * (255 / grey.max())
-        image = Image.fromarray(grey.round().astype("uint8"))
-        images.append(np.asarray(ImageOps.pad(image, (28, 28), Image.Resampling.LANCZOS)))
-    return images
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -1192,19 +1186,15 @@ def show_table(table: pd.DataFrame, caption: str):
     return Markdown("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])))
 
 
-def summary_table(results: pd.DataFrame, splits=("train", "test"), seed=None) -> pd.DataFrame:
-    """Final accuracies in percent: mean ± standard deviation over the seeds and, before them, those
-    of one seed where it is given. results: as collect gives them."""
-    columns = [f"{split}_accuracy" for split in splits]
+def summary_table(results: pd.DataFrame, splits=("train", "test")) -> pd.DataFrame:
+    """Final accuracies in percent: mean ± standard deviation over the seeds, if there are several.
+    results: as collect gives them."""
     rows = []
     for label, runs in results.groupby("label", sort=False):
-        values = 100 * runs.set_index("seed")[columns]
+        values = 100 * runs[[f"{split}_accuracy" for split in splits]]
         spread = "" if len(runs) == 1 else values.std().map(" ± {:.2f}".format)
-        one = [] if seed is None else values.reindex([seed]).iloc[0]
-        first = ["–" if math.isnan(value) else f"{value:.2f}" for value in one]
-        rows.append([label, *first, *(values.mean().map("{:.2f}".format) + spread)])
-    single = [] if seed is None else [f"{split}, seed {seed}" for split in splits]
-    return pd.DataFrame(rows, columns=["setting", *single, *(f"{x}, mean" for x in splits)])
+        rows.append([label, *(values.mean().map("{:.2f}".format) + spread)])
+    return pd.DataFrame(rows, columns=["setting", *splits])
 
 
 def _styles(names, labels=()) -> dict[str, tuple[str, str, str]]:
