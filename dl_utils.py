@@ -475,8 +475,8 @@ def classify(model: nn.Module, picture) -> pd.Series:
             picture = picture.convert("RGBA")
     pixels = np.asarray(picture).squeeze()
     kind = pixels.dtype.kind
-    fits = pixels.ndim > 1 and pixels.shape[2:] in ((), (3,), (4,)) and kind in "buif"
-    fits = fits and pixels.size > 0
+    fits = kind in "buif" and pixels.ndim > 1 and pixels.size > 0
+    fits = fits and pixels.shape[2:] in ((), (3,), (4,))
     white = 1 if kind in "bf" else 255 if fits and pixels.max() <= 255 else 65535
     if not fits or not -0.001 * white <= pixels.min() <= pixels.max() <= 1.001 * white:
         text = "a picture is an array (H, W), (H, W, 3) or (H, W, 4)"
@@ -495,8 +495,8 @@ def classify(model: nn.Module, picture) -> pd.Series:
             continue
         rows, columns = (np.flatnonzero(item.any(axis)) for axis in (1, 0))
         distance[difference @ difference[item].sum(axis=0) < 0] *= -1  # most of it is positive
-        both = distance.min() < -0.4 * distance.max()  # light and dark parts: either may be it
-        for grey in [distance, -distance] if both else [distance]:
+        unclear = distance.min() < -0.4 * distance.max()  # light and dark parts
+        for grey in [distance, -distance] if unclear else [distance]:
             grey = np.where(item, grey - grey.min(initial=0, where=item), 0)
             grey = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] * (255 / grey.max())
             image = Image.fromarray(grey.round().astype("uint8"))
@@ -504,9 +504,9 @@ def classify(model: nn.Module, picture) -> pd.Series:
     if not items:
         raise ValueError("a picture shows an item, and this one has one colour")
     images = torch.tensor(np.stack(items), dtype=torch.float32).unsqueeze(1) / 255
-    probabilities = compute_logits(model, (images - MEAN) / STD).softmax(1)
-    surest = probabilities[probabilities.amax(1).argmax()]
-    return pd.Series(surest.numpy(), CLASSES).sort_values(ascending=False)
+    answers = compute_logits(model, (images - MEAN) / STD).softmax(1)
+    surest = answers[answers.amax(1).argmax()].numpy()
+    return pd.Series(surest, CLASSES).sort_values(ascending=False)
 
 
 # --------------------------------------------------------------------------- checkpoints

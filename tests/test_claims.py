@@ -30,7 +30,16 @@ def study_claims(study):
     dropped = fit[D].droplevel("weight_decay").unstack("dropout").sub(fit[NONE, 0, 0], axis=0)
     closer = fit[B, 0, 0, 0.04] - fit[NONE, 0, 0, 0.04]
     others = dl.alternatives(study).mean(axis=1)
+    length = dl.lengths(study).groupby(["setting", "epochs"])[dl.OUTCOME[:2]].mean()
+    alike = np.interp(length.train_accuracy[W], *length.loc[NONE].to_numpy().T[::-1])
+    above = length.val_accuracy[W] - alike
+    short, middle, long = (length.val_accuracy.xs(n, level=1)[[NONE, W]] for n in (8, 16, 32))
     return [
+        (
+            "8 epochs are too few, and 32 bring nothing",
+            (short < middle - noise).all() and (long < middle).all(),
+        ),
+        ("At 16 and at 32 epochs weight decay has higher", (above[[16, 32]] > noise).all()),
         ("difference between two cells, {:.2f} points", noise > 0, 100 * noise),
         ("accuracy falls on both sides of 0.04", none.idxmax() == 0.04),
         ("training fails at 0.32", none[0.32] < 0.5),
