@@ -460,10 +460,9 @@ def classify(model: nn.Module, picture) -> pd.Series:
     """Probabilities of the classes for one picture, the most probable first.
     picture: one item on a plain background of any colour, as an image file, a PIL image, or an
     array (H, W), (H, W, 3) or (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. As in the data
-    set (Xiao et al. 2017), what is far from the colour of the border is trimmed, its longer edge
-    made 28 pixels, grey and bright on black. It is put on black and on white, which differ where
-    it is transparent; the surest answer counts. Raises ValueError for what is no such picture:
-    standardized images, a batch, a single colour."""
+    set (Xiao et al. 2017), what is far from the colour of the border is trimmed, scaled, grey and
+    bright on black. It is put on black and on white, which differ where it is transparent; the
+    surest answer counts. Raises ValueError for standardized images, a batch, a single colour."""
     from PIL import Image, ImageOps  # slow to import
 
     if isinstance(picture, (str, os.PathLike)):
