@@ -63,6 +63,18 @@ def one():
         yield executor
 
 
+@pytest.fixture
+def unusual():
+    """What a caller may have set, and finds again: two threads, float64."""
+    torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float64)
+    yield
+    kept = torch.get_num_threads() == 2 and torch.get_default_dtype() == torch.float64
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    assert kept
+
+
 @pytest.fixture(scope="session")
 def splits(tiny):
     return dl.load_fashion_mnist(tiny)

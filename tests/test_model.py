@@ -153,22 +153,18 @@ def test_a_photograph_of_ones_own_gets_the_class_of_what_it_shows(real_splits, t
     assert len(right) == 12 and min(right.values()) >= 16, right
 
 
-def test_a_file_a_pil_image_and_an_array_of_one_picture_get_one_answer(splits, tmp_path):
+def test_a_file_a_pil_image_and_an_array_of_one_picture_get_one_answer(splits, tmp_path, unusual):
     model = build_model(SETTINGS["baseline"])
     grey = np.pad(255 - np.arange(0, 240, 2, dtype="uint8").reshape(10, 12), 3)
-    torch.set_default_dtype(torch.float64)  # of the caller; the answer is in float32 all the same
-    try:
-        for name, picture in photographs(grey).items():
-            found = [dl.classify(model, picture), dl.classify(model, np.asarray(picture))]
-            if name != "floats":
-                image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-                image.save(tmp_path / "a.png")
-                found += [dl.classify(model, part) for part in (image, str(tmp_path / "a.png"))]
-            assert all(map(found[0].equals, found)), name
-            assert found[0].is_monotonic_decreasing and found[0].dtype == "float32"
-            assert found[0].sum() == pytest.approx(1, abs=1e-5) and len(found[0]) == 10
-    finally:
-        torch.set_default_dtype(torch.float32)
+    for name, picture in photographs(grey).items():
+        found = [dl.classify(model, picture), dl.classify(model, np.asarray(picture))]
+        if name != "floats":
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            image.save(tmp_path / "a.png")
+            found += [dl.classify(model, part) for part in (image, str(tmp_path / "a.png"))]
+        assert all(map(found[0].equals, found)), name
+        assert found[0].is_monotonic_decreasing and found[0].dtype == "float32"
+        assert found[0].sum() == pytest.approx(1, abs=1e-5) and len(found[0]) == 10
     wrong = splits["test"].images[1], np.ones((3, 9, 9)) / 2, np.full((9, 9), np.nan), grey[0]
     batch = splits["test"].images[:5] > 0
     for picture in (*wrong, batch, 1.0 * grey, grey - 256.0, 0 * grey, grey[:0], grey * 1j, None):
