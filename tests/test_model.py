@@ -104,10 +104,12 @@ def photographs(grey):
 
 def test_a_photograph_of_ones_own_gets_the_class_of_what_it_shows(real_splits, tmp_path):
     model, right = dl.load_checkpoint(ROOT / "weights/combined.pt").model, Counter()
+    exif = Image.Exif()
+    exif[274] = 3  # of a camera that was held upside down
     pixels = ((real_splits["test"].images[:20, 0] * dl.STD + dl.MEAN) * 255).round().byte().numpy()
     for grey, label in zip(pixels, real_splits["test"].labels):
         pictures = photographs(grey)
-        pictures["on white"].save(tmp_path / "photo.jpg")
+        pictures["on white"].rotate(180).save(tmp_path / "photo.jpg", exif=exif)
         for name, picture in (pictures | {"JPEG": tmp_path / "photo.jpg"}).items():
             right[name] += dl.classify(model, picture).index[0] == dl.CLASSES[label]
     assert len(right) == 12 and min(right.values()) >= 16, right
@@ -127,8 +129,20 @@ def test_a_file_a_pil_image_and_an_array_of_one_picture_get_one_answer(splits, t
         assert all(map(found[0].equals, found)), name
         assert found[0].is_monotonic_decreasing and found[0].dtype == "float32"
         assert found[0].sum() == pytest.approx(1, abs=1e-5) and len(found[0]) == 10
+    opacity = photographs(grey)["opacity"]  # white, which on white is nothing
+    assert dl.classify(model, opacity).equals(dl.classify(model, grey))
+    frame = Image.fromarray(grey)
+    frame.save(tmp_path / "a.gif", save_all=True, append_images=[opacity])  # left open by PIL
+    assert dl.classify(model, tmp_path / "a.gif").equals(dl.classify(model, grey))
     wrong = splits["test"].images[1], np.ones((3, 9, 9)) / 2, np.full((9, 9), np.nan), grey[0]
     batch = splits["test"].images[:5] > 0
     for picture in (*wrong, batch, 1.0 * grey, grey - 256.0, 0 * grey, grey[:0], grey * 1j, None):
         with pytest.raises(ValueError, match="^a picture (is an array|shows an item)"):
             dl.classify(model, picture)
+
+
+def test_light_and_dark_parts_of_an_item_on_grey_stay_apart():
+    ramp = np.pad(np.tile(np.linspace(0, 1, 28, dtype="float32"), (28, 1)), 4, constant_values=0.5)
+    rows = [image[14].astype(int) for image in dl._cut_out(ramp[..., None])]
+    assert [row[0] < 9 and row[-1] > 246 for row in rows] in ([True, False], [False, True])
+    assert (rows[0][[0, -1]] == rows[1][[-1, 0]]).all()
