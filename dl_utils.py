@@ -1491,12 +1491,13 @@ def plot_story(history, norms, table, names, layer: str = "fc3"):
         for name, (_, color, marker) in _styles(names).items():
             line = lines[name][lambda values: values > 0]  # rates begin and end at 0
             ax.plot(line, color=color, marker=marker, ms=3, markevery=3)
-            ends.append((line.iloc[-1], _short(name), color))
+            ends += [(y, _short(name), color) for y in line.iloc[-1:]]
         ax.set(title=title, xlabel="epoch", xticks=[*range(0, test.index[-1][1] + 1, 4)])
         ax.set_yscale("linear" if ax is curves else "log")
         if ax is curves:
             ax.set_ylim(min(84, min(ends)[0] - 2), max(ends)[0] + 0.8)
-        _label_ends(ax, ends)
+        if ends:  # of one epoch there is no rate above 0
+            _label_ends(ax, ends)
     runs = table[(table.setting == "weight_decay_batch_norm") & (table.epochs == 16)]
     runs = 100 * runs.groupby(["weight_decay", "lr"])[OUTCOME[:2]].mean()
     runs = runs[runs.val_accuracy > 50]  # where training did not fail
