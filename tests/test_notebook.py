@@ -7,7 +7,7 @@ import statistics
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import REAL_FILES, ROOT
 
 import dl_utils as dl
 
@@ -55,7 +55,8 @@ def test_the_heading_is_the_title_and_no_path_of_another_is_handed_in():
         assert not re.search(r"/(work|tmp|root|home)/", text), path
 
 
-def test_the_cell_that_loads_weights_runs_alone(real_splits, capsys):
+def test_the_cell_that_loads_weights_runs_alone(real_splits, capsys, monkeypatch):
+    monkeypatch.setattr(dl, "DATA_FILES", REAL_FILES)  # small data may have changed them
     source = next(source for source in SOURCES if "load_checkpoint" in source)
     exec(source, {})
     lines = capsys.readouterr().out.splitlines()
