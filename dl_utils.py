@@ -36,7 +36,7 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,15 +54,13 @@ from tqdm import tqdm
 
 
 def _field(default, words: str, rule):
-    """A field of a dataclass: its default, and the values that it may have in words and as a
-    rule."""
+    """A field of a dataclass: its default, and what it may be, in words and as a rule."""
     return field(default=default, metadata={"words": words, "rule": rule})
 
 
 def _check_fields(record) -> None:
     """Refuse values that their fields do not allow, and make NumPy's numbers Python's. The types
-    of the fields are called, so they must not be strings (no `from __future__ import annotations`
-    in this file)."""
+    of fields are called here: no `from __future__ import annotations` in this file."""
     for entry in fields(record):
         value = getattr(record, entry.name)
         allowed = False
@@ -137,9 +136,8 @@ class Split(NamedTuple):
 
 
 def load_fashion_mnist(root=None, seed: int = 0) -> dict[str, Split]:
-    """Fashion-MNIST (Xiao et al. 2017), downloaded where it is missing: "train" (55,000 images)
-    and "val" (5,000), which seed draws from the 60,000 training images, and "test" (10,000).
-    root: the folder, by default data/ beside this file. Raises as read_data_files."""
+    """Fashion-MNIST (Xiao et al. 2017): "train" (55,000 images) and "val" (5,000), which seed draws
+    from the 60,000 training images, and "test" (10,000). root and errors: as read_data_files."""
     files = read_data_files(root)
     images, labels = files["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -199,9 +197,8 @@ class LeNet5(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """2 x 2 maximum pooling of maps with even sides. Without gradients the maxima of columns,
-    then of rows: the same bits, six times faster. With them torch's own, whose gradient is faster.
-    """
+    """2 x 2 maximum pooling of maps with even sides. Without gradients the maxima of columns, then
+    of rows: the same bits, six times faster. With them torch's own: its gradient is faster."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -253,10 +250,10 @@ def evaluate(model: nn.Module, split: Split) -> Metrics:
 
 @dataclass
 class Checkpoint:
-    """A trained model, in evaluation mode, with everything that explains it: the history of its
-    epochs (columns epoch, split, loss, accuracy), the Metrics of the model for each split, the
-    processor time of the run, where it was made, and the norms of its layers by epoch, 0 being
-    before the first step (columns epoch, layer, weight, bias; empty in files of version two)."""
+    """A trained model, in evaluation mode, with what explains it: its history (columns epoch,
+    split, loss, accuracy), its Metrics for each split, the processor time of the run, where it was
+    made, and norms by epoch, 0 being before the first step (columns epoch, layer, weight, bias;
+    empty in files of version two)."""
 
     model: LeNet5
     setting: Setting
@@ -303,16 +300,14 @@ def layer_norms(model: LeNet5) -> list[tuple[str, float, float]]:
     return [(name, layer.weight.norm().item(), layer.bias.norm().item()) for name, layer in layers]
 
 
-def train(
-    setting: Setting, splits: dict[str, Split], config=None, *, device=None, every_epoch=True
-) -> Checkpoint:
+def train(setting: Setting, splits, config=None, *, device=None, every_epoch=True) -> Checkpoint:
     """Train one setting from scratch on splits["train"]; the last epoch is the model.
 
-    All splits given are measured after every epoch or, without every_epoch, after the last.
-    config: a TrainConfig; device: as in find_device. On the CPU a run takes one thread and gives
-    the same bits every time; calls from several threads wait for each other. Raises DivergedError
-    after the first epoch whose loss is not finite, and ValueError before the first step where
-    batch norm would get a batch of one image."""
+    splits: a dict of Splits; all are measured after every epoch or, without every_epoch, after the
+    last. config: a TrainConfig; device: as in find_device. On the CPU a run takes one thread and
+    gives the same bits every time; calls from several threads wait for each other. Raises
+    FloatingPointError after the first epoch whose loss is not finite, and ValueError before the
+    first step where batch norm would get a batch of one image."""
     config = config or TrainConfig()
     device = find_device(device)
     images = len(splits["train"].labels)
@@ -338,7 +333,7 @@ def train(
                 rows += [(epoch, name, *values) for name, values in metrics.items()]
                 losses += [measured.loss for measured in metrics.values()]
             if not all(map(math.isfinite, losses)):
-                raise DivergedError(f"diverged in epoch {epoch}; choose a lower learning rate")
+                raise FloatingPointError(f"diverged in epoch {epoch}; choose a lower learning rate")
             norms += [(epoch, *norm) for norm in layer_norms(model)]
         seconds = round(time.process_time() - start, 1)
     history = pd.DataFrame(rows, columns=["epoch", "split", "loss", "accuracy"])
@@ -355,10 +350,6 @@ def versions(device="cpu") -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
     }
-
-
-class DivergedError(ValueError):
-    """Training has left the finite numbers."""
 
 
 _ONE_AT_A_TIME = threading.RLock()  # what reproducible sets belongs to the process
@@ -411,9 +402,9 @@ TIMEOUT = 30  # seconds that it may stay silent
 
 
 def read_data_files(root=None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images (N, 1, 28, 28) and labels (N,), uint8, of the "train" and of the "test" files.
-    A file may be packed (.gz) or not, in root/FashionMNIST/raw, as of torchvision, root/raw or
-    root; else it is downloaded. Raises OSError where that fails, ValueError for wrong content."""
+    """Images (N, 1, 28, 28) and labels (N,), uint8, of the "train" and of the "test" files, packed
+    (.gz) or not, in root/FashionMNIST/raw, root/raw or root, by default data/ beside this file.
+    What is missing is downloaded. Raises OSError where that fails, ValueError for wrong content."""
     root = Path(root or HERE / "data")
     folders = [root / "FashionMNIST" / "raw", root / "raw", root]
     folder = next((f for f in folders if any(f.glob("[!.]*-idx?-ubyte*"))), folders[0])
@@ -457,14 +448,12 @@ def _download(folder: Path, name: str) -> bytearray:
 
 
 def classify(model: nn.Module, picture) -> pd.Series:
-    """Probabilities of the classes for one picture, the most probable first.
-    picture: one item on a plain background of any colour, as an image file, a PIL image, or an
-    array (H, W), (H, W, 3) or (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. As in the data
-    set (Xiao et al. 2017), what is far from the colour of the border is trimmed, scaled, grey and
-    bright on black. It is put on black and on white, which differ where it is transparent; the
-    surest answer counts. Raises ValueError for standardized images, a batch, a single colour."""
-    from PIL import Image, ImageOps  # slow to import
-
+    """Probabilities of the classes for one picture, the most probable first. picture: one item on a
+    plain background of any colour, as an image file, a PIL image, or an array (H, W), (H, W, 3) or
+    (H, W, 4) of 8 or 16 bits or of floats from 0 to 1. As in the data set (Xiao et al. 2017), what
+    is far from the border's colour is trimmed, scaled, grey and bright on black. It is put on black
+    and on white, which differ where it is transparent; the surest answer counts. Raises ValueError
+    for standardized images, a batch, a single colour."""
     if isinstance(picture, (str, os.PathLike)):
         with Image.open(picture) as file:
             return classify(model, file)
@@ -474,8 +463,8 @@ def classify(model: nn.Module, picture) -> pd.Series:
             picture = picture.convert("RGBA")
     pixels = np.asarray(picture).squeeze()
     kind = pixels.dtype.kind
-    fits = kind in "buif" and pixels.ndim > 1 and pixels.size > 0
-    fits = fits and pixels.shape[2:] in ((), (3,), (4,))
+    flat = pixels.ndim > 1 and pixels.shape[2:] in ((), (3,), (4,))
+    fits = kind in "buif" and flat and pixels.size > 0
     white = 1 if kind in "bf" else 255 if fits and pixels.max() <= 255 else 65535
     if not fits or not -0.001 * white <= pixels.min() <= pixels.max() <= 1.001 * white:
         text = "a picture is an array (H, W), (H, W, 3) or (H, W, 4)"
@@ -546,9 +535,8 @@ def save_checkpoint(path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path, device="cpu") -> Checkpoint:
-    """Read a checkpoint to a device, running no code from it. A state dict of this network, as
-    model.state_dict() gives it, is read as well, with defaults for what it does not say. Raises
-    OSError where the file cannot be read, ValueError where it holds no such thing or is damaged."""
+    """Read a checkpoint, or a state_dict() with defaults for what it does not say, running no code
+    from it. Raises OSError where it cannot be read, ValueError where it is damaged or no such."""
     try:
         checkpoint = _from_bytes(Path(path).read_bytes())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -609,16 +597,12 @@ def _from_bytes(content: bytes) -> Checkpoint:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"its tensors are not those of this LeNet-5 ({reason})") from error
-    return Checkpoint(
-        model=model.float().to(memory_format=torch.channels_last).eval(),
-        setting=setting,
-        config=config,
-        history=pd.DataFrame(payload.get("history", {})),
-        metrics={name: Metrics(*pair) for name, pair in payload.get("metrics", {}).items()},
-        seconds=payload.get("seconds", math.nan),
-        versions=payload.get("versions", {}),
-        norms=pd.DataFrame(payload.get("norms", {})),
-    )
+    model = model.float().to(memory_format=torch.channels_last).eval()
+    history, norms = (pd.DataFrame(payload.get(name, {})) for name in ("history", "norms"))
+    metrics = {name: Metrics(*pair) for name, pair in payload.get("metrics", {}).items()}
+    seconds = payload.get("seconds", math.nan)
+    made_with = payload.get("versions", {})
+    return Checkpoint(model, setting, config, history, metrics, seconds, made_with, norms)
 
 
 # ------------------------------------------------------------------------------ many runs
@@ -645,18 +629,15 @@ def usable_workers(root="/") -> int:
     return max(1, int(min(limits)))
 
 
-def train_many(
-    jobs, executor: Executor | None = None, *, workers: int | None = None, on_finish=None, **options
-) -> list[Checkpoint | Exception]:
+def train_many(jobs, executor=None, *, workers=None, on_finish=None, **options) -> list:
     """Train independent jobs, (setting, config), in parallel, each on the data of its seed.
-    Returns the checkpoints in the order of jobs.
+    Returns the checkpoints in the order of jobs, for a job that fails its exception.
 
     executor: any concurrent.futures.Executor that does not fork; by default workers processes of
     this machine (usable_workers, on a GPU one), which are spawned: a script calls this under
-    if __name__ == "__main__". on_finish: called here with the index of a job and its checkpoint
-    as soon as it has finished. options: root, split_names; every_epoch, device of train. A job
-    that fails (or whose on_finish does) is reported at once, the others go on, and its place
-    holds the exception. An interrupt ends what runs here and what elsewhere has not begun."""
+    if __name__ == "__main__". on_finish: called here with the index of a job and its checkpoint as
+    soon as it has finished; if it fails, so does the job. options: root, split_names; every_epoch,
+    device of train. An interrupt ends what runs here and what elsewhere has not begun."""
     jobs = list(jobs)
     results: list = [None] * len(jobs)
     if workers is not None and workers < 1:
@@ -756,11 +737,10 @@ def _start_worker(receiver) -> None:
 
 
 def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint]:
-    """train_many, each run saved in folder as soon as it has finished. options are those of
-    train_many but on_finish. A run whose file exists is not trained again: a second call goes on
-    after an interruption. Raises, before any training, OSError where the folder cannot be written
-    to, ValueError where a file holds another run than the job or two jobs would write one file;
-    and after it, when all others are saved, ValueError that says which runs failed and why."""
+    """train_many, each run saved in folder as soon as it has finished; what is there already is
+    not trained again. options are those of train_many but on_finish. Raises, before any training,
+    OSError where the folder cannot be written to, ValueError where a file holds another run than
+    the job or two jobs would write one file; after it, ValueError that says which runs failed."""
     jobs = list(jobs)
     paths = {job: checkpoint_path(folder, *job) for job in jobs}
     if len({str(path).lower() for path in paths.values()}) < len(paths):
@@ -784,9 +764,8 @@ def train_and_save(jobs, folder="runs", **options) -> list[Checkpoint]:
 
 
 def _differences(run: Checkpoint, setting: Setting, config: TrainConfig, keys) -> list[str]:
-    saved, expected = vars(run.setting) | vars(run.config), vars(setting) | vars(config)
-    differ = [key for key in keys if saved[key] != expected[key]]
-    return [f"{key} is {saved[key]}, not {expected[key]}" for key in differ]
+    old, new = vars(run.setting) | vars(run.config), vars(setting) | vars(config)
+    return [f"{key} is {old[key]}, not {new[key]}" for key in keys if old[key] != new[key]]
 
 
 def load_runs(folder) -> list[Checkpoint]:
@@ -809,9 +788,9 @@ def load_runs(folder) -> list[Checkpoint]:
 
 
 def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of checkpoints, or of the folder that holds them. results has a row for each
-    run: setting, label, seed, accuracy and loss of each split, seconds. history has one for each
-    of its epochs and splits: loss and accuracy. Raises as load_runs."""
+    """Two tables of checkpoints, or of the folder that holds them. A row for each run: setting,
+    label, seed, accuracy and loss of each split, seconds. A row for each epoch and split of a run:
+    loss and accuracy. Raises as load_runs."""
     rows = []
     histories = []
     for run in load_runs(runs) if isinstance(runs, (str, os.PathLike)) else runs:
@@ -825,11 +804,10 @@ def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 # ---------------------------------------------------------------------------------- study
 
-# weights/search.csv is plan and record of the study: a row is a run, and one without an accuracy
-# is a run to do. Rows are not taken out, but for those of a network that is gone (tanh, average
-# pooling, norm before the activation: in commit 9786df0). All runs have 16 epochs, batches of 128
-# and SGD, where no part says otherwise, and the seeds 101, 102 and 103, each with validation images
-# of its own. A pilot, seed 100, gave the first windows of the grids.
+# weights/search.csv is plan and record: a row is a run, and one without an accuracy is to be done.
+# Rows stay, but for those of a network that is gone (tanh, average pooling, norm before activation:
+# in commit 9786df0). Where no part says otherwise, runs have 16 epochs, batches of 128, SGD, and
+# the seeds 101 to 103, each with its validation images. A pilot, seed 100, gave the first windows.
 #
 #   A  no regularization, batch norm: rates; dropout, weight decay: strengths x rates.
 #   B  fixed choices, one changed at a time: batches of 64 and of 256, Adam (no regularization).
@@ -850,11 +828,10 @@ def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
 #    is within noise of the grid's best gets the neighbours that it lacks; then the cells of the
 #    highest own mean get theirs, until they have them. A cell whose runs all diverged gets none.
 #    The highest score wins, ties go to the smaller strength, then to the smaller rate.
-# 2. Combinations take the strengths that their techniques have alone; their rate is by rule 1.
-#    (Rows of other strengths are from the older rules.)
-# 3. Noise is two standard errors of a paired difference of means of three, pooled over the cells
-#    of A within one point of their grid's best. An alternative of B, at its best rate, replaces a
-#    fixed choice if it is better by more.
+# 2. Combinations take the strengths that their techniques have alone, and a rate by rule 1 (rows
+#    of other strengths are older).
+# 3. Noise: two standard errors of a paired difference of means of three, pooled over the cells of
+#    A within a point of their grid's best. By more, an alternative of B replaces a fixed choice.
 # 4. Length is not tuned; C shows what others would do.
 
 STUDY = HERE / "weights" / "search.csv"
@@ -867,8 +844,8 @@ RUN = ["part", "setting", *FIELDS]  # what a row is known by
 
 
 def read_study(path=STUDY) -> pd.DataFrame:
-    """The table of a study, with the columns RUN and OUTCOME. Raises OSError where it cannot be
-    read, ValueError, naming row and column, where it is no such table."""
+    """The table of a study, columns RUN and OUTCOME. Raises OSError where it cannot be read, and
+    ValueError, naming row and column, where it is no such table."""
     try:
         table = pd.read_csv(path)
     except ValueError as error:
@@ -892,8 +869,7 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
     """Run the rows of a study that lack an accuracy, on the splits train and val alone. Each
     finished run is written at once, those that diverged at the end, into the file as it is then:
     rows may be added meanwhile. options go to train_many. Returns the table. Raises as read_study,
-    OSError where it cannot be written or another search has locked it, and ValueError, when all
-    others are written, that says which runs failed and why."""
+    OSError where another search has locked it, and at the end ValueError for what failed."""
     path = Path(path)
     table = read_study(path)
     todo = table[table.val_accuracy.isna()]
@@ -923,7 +899,7 @@ def search(path=STUDY, executor: Executor | None = None, **options) -> pd.DataFr
         options |= {"split_names": ("train", "val"), "every_epoch": False, "on_finish": record}
         runs = train_many(jobs, executor, **options)
         for number, run in enumerate(runs):
-            if isinstance(run, DivergedError):
+            if isinstance(run, FloatingPointError):
                 runs[number] = record(number, None)
         _raise_failures(jobs, runs)
         return read_study(path)
@@ -939,9 +915,9 @@ def grid_runs(table: pd.DataFrame, name: str, strengths: dict) -> pd.DataFrame:
 
 
 def accuracy_grid(table: pd.DataFrame, name: str, strengths: dict) -> pd.DataFrame:
-    """What rule 1 looks at for a setting of A or D: mean validation accuracies, a row for each
-    strength, the weakest first, a column for each rate, NaN where nothing was run. Beyond what
-    was run there is a rate at each end and the next stronger strength, if the list has one."""
+    """What rule 1 looks at for a setting: mean validation accuracies, a row for each strength, the
+    weakest first, a column for each rate, NaN where nothing was run: at one rate more at each end
+    and at the next stronger strength, if the list has one."""
     runs = grid_runs(table, name, strengths)
     key = "batch_norm"  # of one value
     levels = runs.batch_norm.unique()
@@ -956,10 +932,7 @@ def accuracy_grid(table: pd.DataFrame, name: str, strengths: dict) -> pd.DataFra
 
 
 def _doublings(low: float, high: float) -> list[float]:
-    values = [low]
-    while values[-1] < high:
-        values.append(2 * values[-1])
-    return values
+    return [low * 2.0**k for k in range(round(math.log2(high / low)) + 1)]
 
 
 def _beside(grid: pd.DataFrame) -> list[pd.DataFrame]:
@@ -1014,16 +987,15 @@ def noise_band(table: pd.DataFrame) -> float:
 
 
 def alternatives(table: pd.DataFrame) -> pd.DataFrame:
-    """What rule 3 compares: validation accuracy of each alternative of B at its best rate, minus
-    that of the fixed choice at the chosen one. A row for each alternative, by what it changes
-    (optimizer, batch_size), a column for each seed."""
+    """What rule 3 compares: validation accuracy of each alternative of B (a row, by optimizer and
+    batch_size) at its best rate minus that of the fixed choice, for each seed (a column)."""
     chosen = table[table.part == "A"].merge(choices(table).loc[["baseline"]])
     default = chosen.set_index("seed").val_accuracy
-    rows = {}
-    for changed, runs in table[table.part == "B"].groupby(["optimizer", "batch_size"]):
-        rates = runs.pivot(index="lr", columns="seed", values="val_accuracy")
-        rows[changed] = rates.loc[rates.mean(axis=1).idxmax()] - default
-    return pd.DataFrame(rows).T.rename_axis(["optimizer", "batch_size"])
+    changed = ["optimizer", "batch_size"]
+    runs = table[table.part == "B"]
+    rates = runs.pivot(index=[*changed, "lr"], columns="seed", values="val_accuracy")
+    best = rates.mean(axis=1).groupby(changed).idxmax()
+    return rates.loc[best].droplevel("lr") - default
 
 
 def lengths(table: pd.DataFrame) -> pd.DataFrame:
@@ -1041,23 +1013,18 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 
 def hits(runs, split: Split) -> pd.DataFrame:
-    """Which images each checkpoint classifies right, as 1.0 or 0.0: a row for each run, by setting
-    and seed, a column for each image."""
-    rows = {}
-    for run in runs:
-        right = compute_logits(run.model, split.images).argmax(1) == split.labels.cpu()
-        rows[run.setting.name, run.config.seed] = right.double().numpy()
-    return pd.DataFrame([*rows.values()], pd.MultiIndex.from_tuples(rows))
+    """Which images runs classify right, as 1.0 or 0.0: a row for each (setting, seed)."""
+    index = pd.MultiIndex.from_tuples((run.setting.name, run.config.seed) for run in runs)
+    answers = torch.stack([compute_logits(run.model, split.images).argmax(1) for run in runs])
+    return pd.DataFrame((answers == split.labels.cpu()).double().numpy(), index)
 
 
 def contrasts() -> pd.DataFrame:
     """What the report asks of the eight settings, as weighted sums of their accuracies: a row for
-    each setting, a column for each sum, named by a kind and by what it is about.
-
-    "main", technique: mean of the settings with it minus mean of those without. "gain", technique,
-    setting: what it adds to a setting. "interaction", two techniques: how much more one brings
-    where the other is on. "difference", setting: to no regularization. Raises ValueError where
-    SETTINGS lack one of the eight combinations."""
+    each setting, a column for each sum. "main", technique: mean of the settings with it minus mean
+    of those without. "gain", technique, setting: what it adds to a setting. "interaction", two
+    techniques: how much more one brings where the other is on. "difference", setting: to no
+    regularization. Raises ValueError where SETTINGS lack one of the eight combinations."""
     on = pd.DataFrame(SETTINGS.values(), [*SETTINGS])[[*TECHNIQUES]].astype(bool).drop_duplicates()
     if len(on) < 8:
         raise ValueError(f"SETTINGS have {len(on)} combinations of the techniques; expected all 8")
@@ -1078,9 +1045,8 @@ def contrasts() -> pd.DataFrame:
 
 
 def intervals(right: pd.DataFrame, weights: pd.DataFrame) -> pd.DataFrame:
-    """Value and half width of the 95 % interval of weighted sums of settings' mean accuracies,
-    for what other seeds and other images of the same kind would change: columns effect and
-    half_width, a row for each column of weights, which has a row for each setting.
+    """Weighted sums of settings' mean accuracies (effect) and the half_width of their 95 %
+    intervals, for other seeds and other images of the same kind; a row for each column of weights.
 
     right: as hits gives it; seeds that lack a setting are left out. The variance is that of a mean
     over two crossed random factors (Searle, Casella, McCulloch 1992): of the means by seed, plus
@@ -1105,7 +1071,7 @@ def intervals(right: pd.DataFrame, weights: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, index=weights.columns, columns=["effect", "half_width"])
 
 
-# --------------------------------------------------------------------- report and theory
+# --------------------------------------------------------------------------------- report
 
 
 def confusion_matrix(model: nn.Module, split: Split) -> pd.DataFrame:
@@ -1123,8 +1089,7 @@ def layer_summary(model: LeNet5) -> pd.DataFrame:
     with torch.no_grad():
         for name, layer in model.layers.named_children():
             values = layer(values)
-            off = isinstance(layer, nn.Identity) or (isinstance(layer, nn.Dropout) and layer.p == 0)
-            if not off:
+            if str(layer) not in ("Identity()", "Dropout(p=0.0, inplace=False)"):
                 count = sum(parameter.numel() for parameter in layer.parameters())
                 rows.append((name, tuple(values.shape), count))
     return pd.DataFrame(rows, columns=["layer", "output shape", "parameters"])
@@ -1151,8 +1116,6 @@ def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float)
     }
 
 
-# ---------------------------------------------------------------------- tables and figures
-
 # Colours of settings; the first eight are for colour-blind readers (after Okabe and Ito).
 PALETTE = ["#000000", "#E69F00", "#009E73", "#0072B2", "#8C6D1F", "#D55E00", "#56B4E9", "#CC79A7"]
 PALETTE += ["#7F7F7F", "#A50026", "#5E3C99", "#1B7837"]
@@ -1160,8 +1123,7 @@ MARKERS = "osD^vP*X"
 
 
 def prepare_notebook() -> None:
-    """Figures as PNG and PDF, in one style whatever the user's own is, with the same bytes in
-    every run."""
+    """Figures as PNG and PDF, in one style, with the same bytes in every run."""
     import matplotlib
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -1197,15 +1159,12 @@ def summary_table(results: pd.DataFrame, splits=("train", "test")) -> pd.DataFra
 
 
 def _styles(names, labels=()) -> dict[str, tuple[str, str, str]]:
-    """Label, colour and marker of settings, the same everywhere. labels: pairs of a name and the
-    label that a table has for it."""
-    order = [*dict.fromkeys([*SETTINGS, *names])]
+    """Label, colour and marker of settings, the same everywhere. labels: pairs (name, label)."""
     known = {name: setting.label for name, setting in SETTINGS.items()} | dict(labels)
-    styles = {}
-    for name in dict.fromkeys(names):
-        n = order.index(name)
-        styles[name] = (known.get(name, name), PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)])
-    return styles
+    order = dict.fromkeys([*SETTINGS, *names])
+    looks = zip(order, cycle(PALETTE), cycle(MARKERS))
+    styles = {name: (known.get(name, name), color, marker) for name, color, marker in looks}
+    return {name: styles[name] for name in names}
 
 
 def _short(name: str) -> str:
@@ -1221,15 +1180,21 @@ def _figure(height: float):
     return Figure(figsize=(6.4, height), layout="constrained")
 
 
-def _label_ends(ax, ends: list[tuple], x: float = 1.0, gap: float = 0.125) -> None:
-    """Write labels beside the ends of lines, each (y, label, colour), where they do not meet, from
-    x on, a share of the axis, as is gap, the least distance."""
+def _label_ends(ax, x: float = 1.0, gap: float = 0.125) -> None:
+    """Write the labels of lines beside their ends, or where they leave the axes, from x on and
+    at least gap apart, both as shares of the axes."""
     scale = ax.transScale.transform
     (_, low), (_, high) = scale([(1, y) for y in ax.get_ylim()])
-    ends = sorted(ends)
-    ideal = [(scale((1, y))[1] - low) / (high - low) for y, *_ in ends]
+    ends = []
+    for line in ax.lines:
+        heights = [(scale((1, y))[1] - low) / (high - low) for y in line.get_ydata()]
+        inside = [y for y in heights if 0 <= y <= 1]
+        if inside and not line.get_label().startswith("_"):
+            ends.append((inside[-1], line.get_label(), line.get_color()))
+    ends.sort()
+    ideal = [y for y, *_ in ends]
     at = [*accumulate(ideal, lambda last, y: max(y, last + gap))]
-    lower = max((sum(at) - sum(ideal)) / len(ends), at[-1] - 1)
+    lower = max((sum(at) - sum(ideal)) / len(at), at[-1] - 1) if at else 0
     for y, (_, label, color) in zip(at, ends):
         style = {"color": color, "fontsize": 7, "va": "center", "transform": ax.transAxes}
         ax.text(x, y - lower, f" {label}", **style)
@@ -1245,20 +1210,18 @@ def plot_examples(split: Split):
     """The first image of each class. Returns the figure, as all plots do."""
     figure = _figure(0.85)
     for label, ax in enumerate(figure.subplots(1, 10)):
-        first = int((split.labels == label).nonzero()[0])
-        _show_image(ax, split.images[first], CLASSES[label])
+        _show_image(ax, split.images[split.labels == label][0], CLASSES[label])
     return figure
 
 
 def plot_architecture(model: LeNet5):
     """The data after each layer that changes their shape: maps as squares, areas to scale, units
     as bars. Below: the layer and its number of parameters. Above: what follows it."""
-    from matplotlib.patches import Rectangle
-
     figure = _figure(1.9)
     ax = figure.subplots()
     names = {"conv": "convolution\n5 × 5", "pool": "pooling\n2 × 2", "fc": "fully\nconnected"}
     marks = {"relu": "ReLU", "norm": "B", "drop": "D"}
+    blocks = {"align": "edge", "fc": "#DCE9F5", "ec": "#0072B2", "lw": 0.4}
     stages = [["image", (1, 1, 28, 28), 0, ""]]
     for layer, shape, parameters in layer_summary(model).to_numpy():
         if layer[:-1] in names:
@@ -1270,8 +1233,8 @@ def plot_architecture(model: LeNet5):
         count, height, width = shape if len(shape) == 3 else (1, shape[0] / 3, 3)
         step = 10 / max(count, 8)  # from one map to the next
         for k in range(count):
-            place = (x + step * k, -height / 2 - step * (k - (count - 1) / 2))
-            ax.add_patch(Rectangle(place, width, height, fc="#DCE9F5", ec="#0072B2", lw=0.4))
+            bottom = step * (count - 1) / 2 - step * k - height / 2
+            ax.bar(x + step * k, height, width, bottom, **blocks)
         whole = width + step * (count - 1)
         size = f"{count} maps\n{height} × {height}" if len(shape) == 3 else f"{shape[0]}\nunits"
         text = {"x": x + whole / 2, "ha": "center", "fontsize": 7, "in_layout": False}
@@ -1286,9 +1249,8 @@ def plot_architecture(model: LeNet5):
 
 def plot_rates(table: pd.DataFrame):
     """Accuracy against learning rate in the study, means of three runs in percent: above on
-    validation, below on train. A panel for each technique alone, a line for each strength, and
-    one for the combinations at the strengths chosen; no regularization in black in all of them.
-    Rings are what the rules chose. Lines leave the panel where training fails."""
+    validation, below on train. A panel for each technique, a line for each strength, and one for
+    combinations; no regularization in black in all of them. Rings are what the rules choose."""
     chosen = choices(table)
     strengths = {key: chosen[key][key] for key in STRENGTHS}
     pairs = [name for name in chosen.index if name not in ("baseline", *TECHNIQUES)]
@@ -1302,35 +1264,30 @@ def plot_rates(table: pd.DataFrame):
             measure = f"{split}_accuracy"
             top = 100 * table.groupby(["setting", *CELL])[measure].mean().max()
             ax.set_ylim(top - span, top + 0.1 * span)
-            ends = []
             for name, (_, color, marker) in _styles(["baseline", *names]).items():
                 runs = grid_runs(table, name, strengths)
                 levels = runs.groupby(name if name in STRENGTHS else "batch_norm")
                 for k, (level, cells) in enumerate(levels):
                     curve = 100 * cells.groupby("lr")[measure].mean()
-                    style = {"color": color, "marker": MARKERS[k] if len(levels) > 1 else marker}
-                    ax.semilogx(curve, ms=3, alpha=0.4 + 0.6 * (k + 1) / len(levels), **style)
+                    label = f"{level:g}" if name in STRENGTHS else _short(name)
+                    style = {"label": "_" if name == "baseline" else label, "color": color, "ms": 3}
+                    style["marker"] = MARKERS[k] if len(levels) > 1 else marker
+                    ax.semilogx(curve, alpha=0.4 + 0.6 * (k + 1) / len(levels), **style)
                     if name not in STRENGTHS or level == strengths[name]:
                         rate = chosen.lr[name]
                         ax.plot(rate, curve[rate], "o", mfc="none", mec=color, ms=8)
-                    label = f"{level:g}" if name in STRENGTHS else _short(name)
-                    seen = curve[curve > top - span]
-                    if name != "baseline" and len(seen):
-                        ends.append((seen.iloc[-1], label, color))
-            _label_ends(ax, ends, 0.66 if names[0] in STRENGTHS else 1.0)
+            _label_ends(ax, 0.66 if names[0] in STRENGTHS else 1.0)
         column[1].set_xlabel("learning rate")
     axes[0, 0].set_ylabel("validation accuracy (%)")
     axes[1, 0].set_ylabel("train accuracy (%)")
-    ticks = [0.01, 0.04, 0.16, 0.64, 2.56]
-    axes[0, 0].set_xticks(ticks, [f"{tick:g}".lstrip("0") for tick in ticks])
+    axes[0, 0].set_xticks([0.01, 0.04, 0.16, 0.64, 2.56], [".01", ".04", ".16", ".64", "2.56"])
     axes[0, 0].minorticks_off()
     return figure
 
 
 def plot_choices(table: pd.DataFrame):
-    """What rules 3 and 4 saw in the study. Left: alternatives, in points: seeds as dots, means as
-    bars, the noise in grey. Right: train and validation accuracy by the number of epochs, which
-    stands at each point."""
+    """What rules 3 and 4 saw. Left: alternatives, in points: seeds as dots, means as bars, noise in
+    grey. Right: train and validation accuracy after the number of epochs at each point."""
     figure = _figure(2.1)
     left, right = figure.subplots(1, 2)
     noise = 100 * noise_band(table)
@@ -1341,32 +1298,27 @@ def plot_choices(table: pd.DataFrame):
         left.plot(seeds.mean(), label, "|", color="black", ms=13, mew=2)
     left.set(title="One choice changed", xlabel="difference in validation accuracy (points)")
     left.margins(y=0.2)
-    ends = []
     means = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
     for name, (_, color, marker) in _styles(means.index.unique("setting")).items():
         line = means.loc[name]
-        right.plot(line.train_accuracy, line.val_accuracy, marker=marker, color=color, ms=4)
+        style = {"marker": marker, "color": color, "label": _short(name)}
+        right.plot(line.train_accuracy, line.val_accuracy, ms=4, **style)
         for epochs, (y, x) in line.iterrows():
             above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
             right.annotate(epochs, (x, y), color=color, fontsize=6, **above)
-        ends.append((line.val_accuracy.iloc[-1], _short(name), color))
     right.set(title="Length in epochs", xlabel="train accuracy (%)")
     right.set_ylabel("validation accuracy (%)")
-    _label_ends(right, ends)
+    _label_ends(right)
     return figure
 
 
-def plot_convergence(history: pd.DataFrame, names=None, compared=None):
-    """Accuracy by epoch, a panel for each setting in names (by default all there are), train
-    dashed and test solid, seeds thin and their mean thick; below, the means on test of the
-    settings in compared, closer. history: as collect gives it."""
-    labels = dict(zip(history.setting, history.label))
-    names = names or [*labels]
-    compared = compared or names
-    styles = _styles([*names, *compared], labels.items())
+def plot_convergence(history: pd.DataFrame, names, compared):
+    """Accuracy by epoch, a panel for each setting in names, train dashed and test solid, seeds
+    thin and their mean thick; below, closer, means on test of those in compared.
+    history: as collect gives it."""
+    styles = _styles([*names, *compared], zip(history.setting, history.label))
     columns = ["setting", "split", "seed"]
-    wide = 100 * history.pivot(index="epoch", columns=columns, values="accuracy")
-    wide = wide.sort_index(axis=1)
+    wide = 100 * history.pivot(index="epoch", columns=columns, values="accuracy").sort_index(axis=1)
     ticks = [1, *range(4, wide.index[-1] + 1, 4)]
     rows = math.ceil(len(names) / 2)
     figure = _figure(1.75 * rows + 2.3)
@@ -1388,21 +1340,20 @@ def plot_convergence(history: pd.DataFrame, names=None, compared=None):
         ax.set_axis_off()
     upper.supylabel("accuracy (%)", fontsize=8)
     ax = lower.subplots()
-    ends = []
     for name in compared:
         label, color, marker = styles[name]
         mean = wide[name, "test"].mean(axis=1).dropna()
-        ax.plot(mean, color=color, marker=marker, ms=3, markevery=2)
-        ends.append((mean.iloc[-1], label, color))
+        ax.plot(mean, color=color, marker=marker, ms=3, markevery=2, label=label)
+    ends = [line.get_ydata()[-1] for line in ax.lines]
     ax.set(title="Test, means of the seeds", xlabel="epoch", ylabel="accuracy (%)", xticks=ticks)
-    ax.set_ylim(min(84, min(ends)[0] - 2), max(ends)[0] + 0.8)
-    _label_ends(ax, ends, gap=0.075)
+    ax.set_ylim(min(84, min(ends) - 2), max(ends) + 0.8)
+    _label_ends(ax, gap=0.075)
     return figure
 
 
 def plot_results(results: pd.DataFrame, effects: pd.DataFrame):
-    """Left: test accuracy of each run as a mark, their mean as a bar. Middle: difference to no
-    regularization with its interval, in points. Right: from test to train accuracy, the gap.
+    """Left: test accuracy, runs as marks, means as bars. Middle: differences to no regularization
+    with their intervals, in points. Right: the gap, from test to train accuracy.
     results: as collect gives them; effects: intervals of contrasts."""
     styles = _styles(results.setting, zip(results.setting, results.label))
     figure = _figure(0.6 + 0.25 * len(styles))
@@ -1430,35 +1381,34 @@ def plot_results(results: pd.DataFrame, effects: pd.DataFrame):
 
 
 def plot_gains(effects: pd.DataFrame):
-    """Does a technique bring the same where others are on? A panel for each: what it adds to the
-    test accuracy of each setting without it, in points, with intervals, and as a line the mean of
-    the four. Last: what weight decay and batch norm add alone, the sum of these, and what they add
-    together. effects: intervals of contrasts."""
+    """A panel for each technique: what it adds to the test accuracy of each setting without it, in
+    points, with intervals; as a line the mean of the four. Last: what weight decay and batch norm
+    add alone, the sum of these, and what the pair adds. effects: intervals of contrasts."""
     points = 100 * effects
+    styles = _styles([*TECHNIQUES, "weight_decay_batch_norm"])
     figure = _figure(1.9)
     axes = figure.subplots(1, 4, sharey=True)
     for ax, technique in zip(axes, TECHNIQUES):
-        gains = points.loc["gain", technique]
-        gains = gains.loc[[name for name in SETTINGS if name in gains.index]]
-        label, color, _ = _styles([technique])[technique]
-        ax.axhline(points.effect["main", technique, ""], color=color, lw=1, ls="--")
+        label, color, _ = styles[technique]
+        gains = points.loc["gain", technique].reindex(SETTINGS).dropna(how="all")
         ticks = [*map(_short, gains.index)]
         ax.errorbar(ticks, gains.effect, yerr=gains.half_width, fmt="o", color=color, ms=4)
+        mean = points.effect["main", technique, ""]
+        ax.axhline(mean, color=color, lw=1, ls="--")
+        style = {"color": color, "fontsize": 7, "va": "center"}
+        ax.text(1, mean, f" {mean:+.2f}", transform=ax.get_yaxis_transform(), **style)
         ax.set(title=f"{label} ({_short(technique)})", xlabel="others that are on")
     alone = points.loc[[("difference", name, "") for name in TECHNIQUES[1:]]]
     pair = points.loc["difference", "weight_decay_batch_norm", ""]
     heights = [*alone.effect, alone.effect.sum(), pair.effect]
     halves = [*alone.half_width, math.nan, pair.half_width]
-    color = _styles(["weight_decay_batch_norm"])["weight_decay_batch_norm"][1]
-    bars = {"color": ["0.8", "0.8", "0.8", color], "ecolor": "0.3", "width": 0.5}
+    colors = ["0.8", "0.8", "0.8", styles["weight_decay_batch_norm"][1]]
+    bars = {"color": colors, "ecolor": "0.3", "width": 0.5}
     axes[3].bar(["W", "B", "sum", "W+B"], heights, yerr=halves, **bars)
     axes[3].set(title="W and B together", xlabel="settings")
     axes[0].set_ylabel("gain on test (points)")
     for ax in axes:
         ax.axhline(0, color="black", lw=0.6)
-    for ax, technique in zip(axes, TECHNIQUES):
-        mean = points.effect["main", technique, ""]
-        _label_ends(ax, [(mean, f"{mean:+.2f}", _styles([technique])[technique][1])])
     return figure
 
 
@@ -1475,10 +1425,9 @@ def norms_by_epoch(runs) -> pd.DataFrame:
 
 
 def plot_story(history, norms, table, names, layer: str = "fc3"):
-    """Four panels: test accuracy, norm of a layer and its effective rate by epoch, means of the
-    seeds; and from the study the accuracies of weight decay + batch norm against rate times
-    lambda, train hollow and validation filled, a marker for each lambda. history: as collect
-    gives it; norms: norms_by_epoch; table: the study."""
+    """By epoch, means of the seeds: test accuracy, norm of a layer, its effective rate. From the
+    study: weight decay + batch norm against rate x lambda, train hollow and validation filled.
+    history: as collect gives it; norms: norms_by_epoch; table: the study."""
     figure = _figure(3.6)
     (curves, sizes), (rates, product) = figure.subplots(2, 2)
     test = 100 * history[history.split == "test"].groupby(["setting", "epoch"]).accuracy.mean()
@@ -1487,17 +1436,15 @@ def plot_story(history, norms, table, names, layer: str = "fc3"):
     panels = {curves: test, sizes: means.norm, rates: means.effective_rate}
     titles = ("Test accuracy (%)", f"Norm of {layer}", "Effective rate: rate / norm²")
     for (ax, lines), title in zip(panels.items(), titles):
-        ends = []
         for name, (_, color, marker) in _styles(names).items():
             line = lines[name][lambda values: values > 0]  # rates begin and end at 0
-            ax.plot(line, color=color, marker=marker, ms=3, markevery=3)
-            ends += [(y, _short(name), color) for y in line.iloc[-1:]]
+            ax.plot(line, color=color, marker=marker, ms=3, markevery=3, label=_short(name))
         ax.set(title=title, xlabel="epoch", xticks=[*range(0, test.index[-1][1] + 1, 4)])
         ax.set_yscale("linear" if ax is curves else "log")
         if ax is curves:
-            ax.set_ylim(min(84, min(ends)[0] - 2), max(ends)[0] + 0.8)
-        if ends:  # of one epoch there is no rate above 0
-            _label_ends(ax, ends)
+            ends = [line.get_ydata()[-1] for line in ax.lines]
+            ax.set_ylim(min(84, min(ends) - 2), max(ends) + 0.8)
+        _label_ends(ax)
     runs = table[(table.setting == "weight_decay_batch_norm") & (table.epochs == 16)]
     runs = 100 * runs.groupby(["weight_decay", "lr"])[OUTCOME[:2]].mean()
     runs = runs[runs.val_accuracy > 50]  # where training did not fail
@@ -1530,8 +1477,8 @@ def plot_errors(model: nn.Module, split: Split):
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.grid(False)
     probability, answer = compute_logits(model, split.images).softmax(1).max(1)
-    wrong = (answer != split.labels.cpu()).nonzero()[:, 0]
-    surest = wrong[probability[wrong].argsort(descending=True)].tolist()
+    order = probability.argsort(descending=True)
+    surest = order[(answer != split.labels.cpu())[order]].tolist()
     axes = right.subplots(2, 3).ravel()
     for ax, index in zip(axes, surest):
         truth, guess = (CLASSES[int(labels[index])] for labels in (split.labels, answer))
@@ -1546,8 +1493,7 @@ def plot_errors(model: nn.Module, split: Split):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; the function of a command is in its `run`."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("dl_utils.py", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser("dl_utils.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     trainer = commands.add_parser("train", help="Train settings from scratch.")
     tester = commands.add_parser("test", help="Measure saved runs. Exit code 1: not as recorded.")
@@ -1576,7 +1522,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_command(args) -> int:
+def _train_command(args) -> None:
     # --seeds 0 1 dropout gives --seeds the setting as well.
     names = [*args.settings, *(word for word in args.seeds if not word.isdecimal())]
     known = [*SETTINGS, "all"]
@@ -1589,7 +1535,6 @@ def _train_command(args) -> int:
     jobs = [(SETTINGS[name], TrainConfig(args.epochs, seed=n)) for n in seeds for name in names]
     train_and_save(jobs, args.out, root=args.data, device=args.device, workers=args.workers)
     print(f"{args.out}: {len(jobs)} runs")
-    return 0
 
 
 def _test_command(args) -> int:
@@ -1598,14 +1543,13 @@ def _test_command(args) -> int:
         for run in load_runs(path) if path.is_dir() else [load_checkpoint(path)]:
             file = checkpoint_path(path, run.setting, run.config) if path.is_dir() else path
             runs.setdefault((path, run.setting.name), (file, run))  # load_runs sorts by seed
-    device = find_device(args.device or "cpu")
     differing, unrecorded = [], []
     print(f"{'setting':36}{'train %':>9}{'val %':>9}{'test %':>9}")
     for file, run in runs.values():
         seed = f", seed {run.config.seed}" if run.config.seed else ""
         row = f"{run.setting.label + seed:36}"
         for name, split in _load_once(args.data, run.config.seed).items():
-            accuracy = evaluate(run.model.to(device), split).accuracy
+            accuracy = evaluate(run.model.to(find_device(args.device or "cpu")), split).accuracy
             row += f"{100 * accuracy:9.2f}"
             if name not in run.metrics:
                 unrecorded.append(f"{file}, {name}: no accuracy was recorded")
@@ -1614,26 +1558,23 @@ def _test_command(args) -> int:
             if abs(images) > 1:  # rounding on another processor may change one
                 differing.append(f"{file}, {name}: {images:+} of {len(split.labels)} images right")
         print(row, flush=True)
-    print(*differing, *unrecorded, sep="\n", end="\n" if differing or unrecorded else "")
-    if differing:
-        print("The measured accuracies DIFFER from what the files recorded.")
-    elif len(unrecorded) < 3 * len(runs):
-        print("The measured accuracies equal, to within one image, what the files recorded.")
+    verdict = "DIFFER from" if differing else "equal, to within one image,"
+    if any(run.metrics for _, run in runs.values()):
+        unrecorded.append(f"The measured accuracies {verdict} what the files recorded.")
+    print(*differing, *unrecorded, sep="\n")
     return 1 if differing else 0
 
 
-def _search_command(args) -> int:
+def _search_command(args) -> None:
     table = search(args.table, root=args.data, device=args.device, workers=args.workers)
     print(f"{args.table}: {table.val_accuracy.count()} of {len(table)} runs")
-    return 0
 
 
-def _collect_command(args) -> int:
+def _collect_command(args) -> None:
     results, _ = collect(args.folder)
     path = Path(args.folder) / "results.csv"
     write_file(path, results.to_csv(index=False, lineterminator="\n").encode())
     print(f"{path}: {len(results)} runs")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1644,7 +1585,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("dl_utils.py: interrupted; finished runs are kept", file=sys.stderr)
         return 130

@@ -91,16 +91,9 @@ def study_rows(accuracies, part="A", setting="baseline", seed=101, **values):
     """Rows of a study: a configuration with one seed for each validation accuracy."""
     row = {**vars(dl.Setting("s", "s")), **vars(dl.TrainConfig()), **values}
     row = {"part": part, "setting": setting, **{name: row[name] for name in dl.FIELDS}}
-    return [
-        {
-            **row,
-            "seed": seed + i,
-            "val_accuracy": a,
-            "train_accuracy": a and a + 0.05,
-            "seconds": a and 1.0,
-        }
-        for i, a in enumerate(accuracies)
-    ]
+    outcomes = [(a, a + 0.05, 1.0) if a else (a, a, a) for a in accuracies]
+    outcomes = [dict(zip(dl.OUTCOME, outcome)) for outcome in outcomes]
+    return [row | {"seed": seed + i} | outcome for i, outcome in enumerate(outcomes)]
 
 
 def start(root, *arguments, **options):

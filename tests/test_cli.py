@@ -121,7 +121,7 @@ import sys, torch
 before = torch.get_rng_state()
 import dl_utils
 assert torch.equal(before, torch.get_rng_state())
-slow = {"torchvision", "matplotlib", "IPython", "PIL", "scipy", "distributed"} & {*sys.modules}
+slow = {"torchvision", "matplotlib", "IPython", "distributed"} & {*sys.modules}
 assert not slow, slow
 print(len(dl_utils.read_data_files()["test"][1]))
 """

@@ -16,11 +16,8 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 SOURCES = ["".join(cell["source"]) for cell in CODE]
 OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 SHOWN = ["".join(output.get("data", {}).get("text/markdown", "")) for output in OUTPUTS]
-PROSE = "\n\n".join(
-    "".join(cell["source"]).replace("\N{NO-BREAK SPACE}", " ")
-    for cell in NOTEBOOK["cells"]
-    if cell["cell_type"] == "markdown"
-)
+TEXTS = ["".join(c["source"]) for c in NOTEBOOK["cells"] if c["cell_type"] == "markdown"]
+PROSE = "\n\n".join(TEXTS).replace("\N{NO-BREAK SPACE}", " ")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -109,11 +106,8 @@ def test_the_grids_have_all_that_the_rules_ask_for_and_the_fixed_choices_stand(s
     strengths = {name: chosen[name][name] for name in dl.STRENGTHS}
     for name in chosen.index:
         assert dl.lacking(dl.accuracy_grid(study, name, strengths)) == [], name
-    default = vars(dl.TrainConfig())
-    assert (
-        chosen[["epochs", "batch_size", "optimizer"]]
-        == pd.Series(default)[["epochs", "batch_size", "optimizer"]]
-    ).all(axis=None)
+    for key in ("epochs", "batch_size", "optimizer"):
+        assert {*chosen[key]} == {getattr(dl.TrainConfig(), key)}
     assert dl.alternatives(study).mean(axis=1).max() < dl.noise_band(study), "rule 3"
 
 

@@ -115,12 +115,9 @@ def test_the_summary_has_mean_and_deviation_or_the_only_run(tables):
 
 def test_a_table_is_markdown_whose_cells_cannot_move_its_columns():
     frame = pd.DataFrame({"setting": ["a|b\nc", "All three"], "test": [90.5, 91]})
-    assert dl.show_table(frame, "Table 9. Of it").data.splitlines() == [
-        "| **Table 9. Of it** | test |",
-        "| :------------------ | ----: |",
-        r"| a\|b c | 90.5 |",
-        "| All three | 91.0 |",
-    ]
+    rows = ["| **Table 9. Of it** | test |", "| :------------------ | ----: |"]
+    rows += [r"| a\|b c | 90.5 |", "| All three | 91.0 |"]
+    assert dl.show_table(frame, "Table 9. Of it").data.splitlines() == rows
 
 
 def test_the_style_of_the_user_does_not_get_into_the_figures(monkeypatch):
@@ -236,9 +233,8 @@ def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_name
     left, middle, right = dl.plot_results(results, effects).axes
     rows = words(left.get_yticklabels())
     assert rows == [*LABELS.values()]
-    middles = {
-        round(c.get_segments()[0][0, 1]): c.get_segments()[0][:, 0] for c in middle.collections
-    }
+    bars = [collection.get_segments()[0] for collection in middle.collections]
+    middles = {round(bar[0, 1]): bar[:, 0] for bar in bars}
     for y, name in enumerate(EIGHT):
         runs = 100 * results[results.setting == name].select_dtypes("number")
         dots, bar = [line for line in left.lines if line.get_ydata()[0] == y]
@@ -265,7 +261,9 @@ def test_gains_draw_each_effect_with_its_interval_over_its_setting(effects):
         for tick, bar in zip(ticks, ax.collections[0].get_segments()):
             effect, half = points.loc["gain", technique, short[tick]]
             assert list(bar[:, 1]) == pytest.approx([effect - half, effect + half])
-        assert ax.lines[0].get_ydata()[0] == points.effect["main", technique, ""]
+        (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+        assert dashed.get_ydata()[0] == points.effect["main", technique, ""]
+        assert words(ax.texts) == [f"{dashed.get_ydata()[0]:+.2f}"]
     alone = [points.effect["difference", name, ""] for name in (W, B)]
     pair = points.effect["difference", f"{W}_{B}", ""]
     heights = [bar.get_height() for bar in axes[3].patches]
@@ -343,7 +341,7 @@ def test_own_settings_and_a_ninth_row_are_drawn_too(effects, monkeypatch):
     for rows in ({}, {"strong": own}):
         monkeypatch.setattr(dl, "SETTINGS", EIGHT | rows)
         assert own.label in words(dl.plot_results(results, effects).axes[0].get_yticklabels())
-        figure = dl.plot_convergence(history)
+        figure = dl.plot_convergence(history, [*LABELS, "strong"], ["strong"])
         assert own.label in [ax.get_title() for ax in figure.axes]
         assert own.label in words(figure.axes[-1].texts)
         assert len({style[1:] for style in dl._styles(results.setting).values()}) == 9
@@ -355,6 +353,6 @@ def test_one_seed_and_one_epoch_are_drawn_without_a_warning(effects, study):
     norms = pd.DataFrame({"setting": B, "epoch": [0, 1], "layer": "fc3", "effective_rate": 0.0})
     story = dl.plot_story(history, norms.assign(norm=1.0), study, [B])
     figures = [dl.plot_results(results, nothing), dl.plot_gains(nothing), story]
-    for figure in (*figures, dl.plot_convergence(history)):
+    for figure in (*figures, dl.plot_convergence(history, FOUR, SIX)):
         figure.canvas.draw()
     assert "±" not in dl.summary_table(results).to_string()
