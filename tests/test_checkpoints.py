@@ -115,8 +115,9 @@ def test_a_sound_file_is_not_called_damaged_where_memory_lacks(good, monkeypatch
     assert capsys.readouterr().err.startswith("dl_utils.py: out of memory; close other programs")
 
 
-def test_a_full_disk_names_the_file_and_loses_nothing(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_names_the_file_and_loses_nothing(trained, tmp_path, monkeypatch, step):
+    monkeypatch.setattr(os, step, mock.Mock(side_effect=OSError(28, "No space left on device")))
     (tmp_path / "run.pt").write_bytes(b"old")
     with pytest.raises(OSError, match=r"run.pt cannot be written \(No space left on device\)"):
         dl.save_checkpoint(tmp_path / "run.pt", trained["combined"])

@@ -21,7 +21,7 @@ LABELS = {name: setting.label for name, setting in EIGHT.items()}
 SHORT = {"none": "baseline", "D": D, "W": W, "B": B, "W+B": f"{W}_{B}", "all": "combined"}
 
 
-def tables_of(settings, seeds=(0, 8), epochs=4):
+def tables_of(settings, seeds=(0, 8, 9), epochs=4):
     """results and history, as collect gives them, of runs in which no two numbers are equal."""
     results, history = [], []
     for i, setting in enumerate(settings):
@@ -56,7 +56,7 @@ def study():
     """A study that is complete, each setting with a level of its own."""
     rows = []
     spread = np.array([-0.0004, 0.0001, 0.0003])
-    scales = {0.25: -0.004, 0.5: -0.002, 1: 0.002, 2: 0.001, 4: -0.004}  # of the chosen rate
+    scales = {0.25: -0.004, 0.5: -0.002, 1: 0.001, 2: 0.002, 4: -0.006}  # of the chosen rate
     for i, (name, setting) in enumerate(EIGHT.items()):
         part = "A" if name in FOUR else "D"
         levels = {D: (0.05, 0.1, 0.2), W: (0.0005, 0.001, 0.002)}.get(name, (0.0,))
@@ -66,7 +66,8 @@ def study():
             base |= {name: level} if name in dl.STRENGTHS else {}
             for scale, more in scales.items():
                 mean = 0.91 + 0.001 * i + more - 0.001 * (k != 1)
-                rows += study_rows(mean + spread, part, **base | {"lr": scale * setting.lr})
+                accuracies = mean + np.roll(spread, len(rows) // 3)
+                rows += study_rows(accuracies, part, **base | {"lr": scale * setting.lr})
         base |= {D: 0.1, W: 0.001}.items() & {name: {D: 0.1, W: 0.001}.get(name)}.items()
         for epochs, accuracy in ((8, 0.90), (32, 0.92)) if name in SIX else ():
             rows += study_rows(accuracy + 0.001 * i + spread, "C", **base, epochs=epochs)
@@ -110,7 +111,7 @@ def test_the_summary_has_mean_and_deviation_or_the_only_run(tables):
         for split in ("train", "val", "test"):
             own = 100 * runs[f"{split}_accuracy"]
             assert table[split][LABELS[name]] == f"{own.mean():.2f} ± {own.std():.2f}"
-        assert single.test[LABELS[name]] == f"{own.iloc[1]:.2f}"
+        assert single.test[LABELS[name]] == f"{own.iloc[1]:.2f}"  # of seed 8
 
 
 def test_a_table_is_markdown_whose_cells_cannot_move_its_columns():
@@ -135,8 +136,9 @@ def test_examples_show_each_class_and_the_diagram_shapes_and_where_techniques_si
     assert [ax.get_title() for ax in axes] == [*dl.CLASSES]
     for label, ax in enumerate(axes):
         image = (torch.tensor(ax.images[0].get_array()) - dl.MEAN) / dl.STD
-        same = (splits["train"].images[:, 0] - image).abs().amax((1, 2)) < 1e-5
-        assert splits["train"].labels[same].tolist() == [label]
+        first = splits["train"].labels.tolist().index(label)
+        assert torch.allclose(splits["train"].images[first, 0], image, atol=1e-5)
+        assert ax.images[0].get_cmap()(0.0)[:3] == (1, 1, 1), "black is white"
     ax = dl.plot_architecture(dl.build_model(dl.SETTINGS["combined"])).axes[0]
     found = words(ax.texts)
     sizes = ["1 map", *2 * ["6 maps"], *2 * ["16 maps"], "120 units", "84 units", "10 units"]
@@ -187,7 +189,7 @@ def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):
         assert list(dots.get_xdata()) == pytest.approx(list(100 * (expected[word] - default)))
         assert bar.get_xdata()[0] == pytest.approx(np.mean(dots.get_xdata()))
     width = left.patches[0].get_extents().width / left.transData.get_matrix()[0, 0]
-    assert width == pytest.approx(200 * dl.noise_band(study))
+    assert width == pytest.approx(200 * dl.noise_band(study)) and width > 0.01
     lengths = 100 * dl.lengths(study).groupby(["setting", "epochs"])[dl.OUTCOME[:2]].mean()
     marks = [text for text in right.texts if text.get_text() in ("8", "16", "32")]
     assert len(marks) == 3 * len(SHORT)
@@ -326,7 +328,7 @@ def test_errors_have_truth_in_rows_and_the_most_confident_mistakes_with_truth_fi
     with warnings.catch_warnings(action="ignore"):  # classes without an image
         grid, *axes = dl.plot_errors(Always(), split).axes
     shown = np.asarray(grid.images[0].get_array())
-    assert shown[0, 1] == pytest.approx(200 / 3) and shown[1, 0] == 0
+    assert shown[0, 1] == pytest.approx(200 / 3) and (shown[1, 0], shown[1, 1]) == (0, 100)
     assert (grid.get_xlabel(), grid.get_ylabel()) == ("predicted class", "true class")
     assert words(grid.get_xticklabels()) == words(grid.get_yticklabels()) == [*dl.CLASSES]
     titles = [" ".join(ax.get_title().split("\n")[:2]) for ax in axes]

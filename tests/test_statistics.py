@@ -117,7 +117,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 930 <= covered <= 970
 
 
-def test_intervals_of_one_seed_are_unknown_and_seeds_without_a_partner_left_out():
+def test_intervals_have_a_degree_of_freedom_less_than_seeds_and_need_partners():
+    steady = pd.DataFrame(np.outer([0.9, 0.8, 0.7], np.ones(4)), [["one"] * 3, [0, 1, 2]])
+    effect, half = dl.intervals(steady, pd.DataFrame({"d": {"one": 1}})).loc["d"]
+    assert (effect, half) == pytest.approx((0.8, 4.303 * 0.1 / 3**0.5))
     index = pd.MultiIndex.from_tuples([("one", 0), ("one", 1), ("other", 0)])
     right = pd.DataFrame([[1.0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]], index)
     effect, half = dl.intervals(right, pd.DataFrame({"d": {"one": 1, "other": -1}})).loc["d"]
