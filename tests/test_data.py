@@ -88,7 +88,7 @@ def test_a_missing_file_is_named_and_nothing_is_made(raw, tmp_path, capsys):
     (raw / f"{LABELS}.gz").unlink()
     assert dl.main(["train", "baseline", "--data", str(raw), "--out", str(tmp_path / "o")]) == 2
     out, err = capsys.readouterr()
-    assert f"{LABELS}.gz is missing and cannot be downloaded" in err and not out
+    assert f"{LABELS}.gz is missing in {raw} and cannot be downloaded" in err and not out
     assert err.count("\n") == 1 and all(name in err for name in dl.DATA_FILES)
     assert len([*raw.iterdir()]) == 3
 

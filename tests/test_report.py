@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import study_rows
 from matplotlib.colors import to_hex
-from torch import nn
 
 import dl_utils as dl
 
@@ -37,18 +36,11 @@ def tables_of(settings, seeds=(0, 8, 9), epochs=4):
     return pd.DataFrame(results), pd.DataFrame(history)
 
 
-@pytest.fixture
-def tables():
-    return tables_of(EIGHT.values())
-
-
-@pytest.fixture
-def effects():
-    """Intervals of contrasts, of which no two are equal."""
-    index = dl.contrasts().columns
-    numbers = np.arange(len(index))
-    columns = {"effect": 0.001 * numbers - 0.009, "half_width": 0.002 + 0.0001 * numbers}
-    return pd.DataFrame(columns, index)
+RESULTS, HISTORY = tables_of(EIGHT.values())
+# Intervals of contrasts, of which no two are equal.
+EFFECTS = pd.DataFrame(index=dl.contrasts().columns)
+EFFECTS["effect"] = 0.001 * np.arange(len(EFFECTS)) - 0.009
+EFFECTS["half_width"] = 0.002 + 0.0001 * np.arange(len(EFFECTS))
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +52,15 @@ def study():
     for i, (name, setting) in enumerate(EIGHT.items()):
         part = "A" if name in FOUR else "D"
         levels = {D: (0.05, 0.1, 0.2), W: (0.0005, 0.001, 0.002)}.get(name, (0.0,))
+        own = vars(setting) | {"setting": name}
         for k, level in enumerate(levels):
-            base = vars(setting) | {"setting": name, "dropout": 0.1 * bool(setting.dropout)}
-            base |= {"weight_decay": 0.001 * bool(setting.weight_decay)}
-            base |= {name: level} if name in dl.STRENGTHS else {}
+            base = own | ({name: level} if name in dl.STRENGTHS else {})
             for scale, more in scales.items():
                 mean = 0.91 + 0.001 * i + more - 0.001 * (k != 1)
                 accuracies = mean + np.roll(spread, len(rows) // 3)
                 rows += study_rows(accuracies, part, **base | {"lr": scale * setting.lr})
-        base |= {D: 0.1, W: 0.001}.items() & {name: {D: 0.1, W: 0.001}.get(name)}.items()
         for epochs, accuracy in ((8, 0.90), (32, 0.92)) if name in SIX else ():
-            rows += study_rows(accuracy + 0.001 * i + spread, "C", **base, epochs=epochs)
+            rows += study_rows(accuracy + 0.001 * i + spread, "C", **own, epochs=epochs)
     rows += study_rows(0.905 + spread, "B", batch_size=64, lr=0.04)
     rows += study_rows(0.906 + spread, "B", batch_size=64, lr=0.02)
     rows += study_rows(0.907 + 2 * spread, "B", optimizer="adam", lr=0.001)
@@ -103,15 +93,15 @@ def check_line(line, x, y):
     assert list(line.get_ydata()) == pytest.approx(list(y))
 
 
-def test_the_summary_has_mean_and_deviation_or_the_only_run(tables):
-    results, _ = tables
-    table = dl.summary_table(results, ("train", "val", "test")).set_index("setting")
-    single = dl.summary_table(results[results.seed == 8], ["test"]).set_index("setting")
-    for name, runs in results.groupby("setting"):
+def test_the_summary_has_mean_and_deviation_or_the_only_run():
+    table = dl.summary_table(RESULTS, ("train", "val", "test")).set_index("setting")
+    single = dl.summary_table(RESULTS[RESULTS.seed == 8], ["test"]).set_index("setting")
+    for name, runs in RESULTS.groupby("setting"):
         for split in ("train", "val", "test"):
             own = 100 * runs[f"{split}_accuracy"]
             assert table[split][LABELS[name]] == f"{own.mean():.2f} ± {own.std():.2f}"
         assert single.test[LABELS[name]] == f"{own.iloc[1]:.2f}"  # of seed 8
+    assert len(dl.summary_table(RESULTS.assign(label="Mine"))) == 8, "one label is not one setting"
 
 
 def test_a_table_is_markdown_whose_cells_cannot_move_its_columns():
@@ -203,15 +193,14 @@ def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):
         check_line(line, lengths.train_accuracy[name], lengths.val_accuracy[name])
 
 
-def test_convergence_draws_train_and_test_of_every_seed_under_the_right_name(tables):
-    _, history = tables
-    *axes, last = dl.plot_convergence(history, FOUR, SIX).axes
+def test_convergence_draws_train_and_test_of_every_seed_under_the_right_name():
+    *axes, last = dl.plot_convergence(HISTORY, FOUR, SIX).axes
     assert [ax.get_title() for ax in axes] == [LABELS[name] for name in FOUR]
     assert words(axes[0].get_legend().get_texts()) == ["train", "test"]
     handles = axes[0].get_legend().legend_handles
     assert [line.get_linestyle() for line in handles] == ["--", "-"]
     index = ["setting", "split", "epoch"]
-    wide = 100 * history.pivot(index=index, columns="seed", values="accuracy")
+    wide = 100 * HISTORY.pivot(index=index, columns="seed", values="accuracy")
     epochs = range(1, 5)
     for ax, name in zip(axes, FOUR):
         for split, style in (("train", "--"), ("test", "-")):
@@ -230,15 +219,14 @@ def test_convergence_draws_train_and_test_of_every_seed_under_the_right_name(tab
         check_line(line, epochs, means[name, "test"])
 
 
-def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_names(tables, effects):
-    results, _ = tables
-    left, middle, right = dl.plot_results(results, effects).axes
+def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_names():
+    left, middle, right = dl.plot_results(RESULTS, EFFECTS).axes
     rows = words(left.get_yticklabels())
     assert rows == [*LABELS.values()]
     bars = [collection.get_segments()[0] for collection in middle.collections]
     middles = {round(bar[0, 1]): bar[:, 0] for bar in bars}
     for y, name in enumerate(EIGHT):
-        runs = 100 * results[results.setting == name].select_dtypes("number")
+        runs = 100 * RESULTS[RESULTS.setting == name].select_dtypes("number")
         dots, bar = [line for line in left.lines if line.get_ydata()[0] == y]
         assert list(dots.get_xdata()) == list(runs.test_accuracy)
         assert bar.get_xdata()[0] == runs.test_accuracy.mean()
@@ -248,12 +236,12 @@ def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_name
         assert list(gap.get_xdata()) == [runs.test_accuracy.mean(), runs.train_accuracy.mean()]
         assert words(right.texts)[y] == f"{np.diff(gap.get_xdata())[0]:.1f}"
         if name != "baseline":
-            effect, half = 100 * effects.loc["difference", name, ""]
+            effect, half = 100 * EFFECTS.loc["difference", name, ""]
             assert list(middles[y]) == pytest.approx([effect - half, effect + half])
 
 
-def test_gains_draw_each_effect_with_its_interval_over_its_setting(effects):
-    points, axes = 100 * effects, dl.plot_gains(effects).axes
+def test_gains_draw_each_effect_with_its_interval_over_its_setting():
+    points, axes = 100 * EFFECTS, dl.plot_gains(EFFECTS).axes
     titles = [ax.get_title() for ax in axes[:3]]
     assert titles == ["Dropout (D)", "Weight decay (W)", "Batch norm (B)"]
     short = SHORT | {"D+W": f"{D}_{W}", "D+B": f"{D}_{B}"}
@@ -273,19 +261,18 @@ def test_gains_draw_each_effect_with_its_interval_over_its_setting(effects):
     assert words(axes[3].get_xticklabels()) == ["W", "B", "sum", "W+B"]
 
 
-def test_the_story_draws_norms_effective_rates_and_products_of_the_right_settings(tables, study):
-    _, history = tables
+def test_the_story_draws_norms_effective_rates_and_products_of_the_right_settings(study):
     runs = []
     for i, setting in enumerate(EIGHT.values()):
         table = pd.DataFrame({"epoch": [*range(5)] * 2, "layer": ["fc3"] * 5 + ["fc5"] * 5})
         table["weight"] = 3.0 * (i + 1) + table.epoch + 100 * (table.layer == "fc5")
         table["bias"] = 0.5 * table.weight
         config = dl.TrainConfig(epochs=4)
-        runs.append(dl.Checkpoint(None, setting, config, history, {}, 1.0, {}, table))
+        runs.append(dl.Checkpoint(None, setting, config, HISTORY, {}, 1.0, {}, table))
     norms = dl.norms_by_epoch(runs)
     four = ["baseline", W, B, f"{W}_{B}"]
-    curves, sizes, rates, product = dl.plot_story(history, norms, study, four).axes
-    test = 100 * history[history.split == "test"].groupby(["setting", "epoch"]).accuracy.mean()
+    curves, sizes, rates, product = dl.plot_story(HISTORY, norms, study, four).axes
+    test = 100 * HISTORY[HISTORY.split == "test"].groupby(["setting", "epoch"]).accuracy.mean()
     number = [*EIGHT]
     for word, name in SHORT.items():
         if name in four:
@@ -305,28 +292,22 @@ def test_the_story_draws_norms_effective_rates_and_products_of_the_right_setting
         check_line(line, 0.001 * means.index, means[measure])
 
 
-class Always(nn.Module):
-    """Answers by the first pixel; surer of brighter images."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, images):
-        answers = nn.functional.one_hot(images[:, 0, 0, 0].long(), 10)
-        return self.scale * answers * images[:, :, 1, 1] * 5
+def first_pixel(_, images):
+    """Logits for the class that the first pixel says; surer of brighter images."""
+    return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 10) * images[:, :, 1, 1] * 5
 
 
-def test_errors_have_truth_in_rows_and_the_most_confident_mistakes_with_truth_first():
+def test_errors_have_truth_in_rows_and_the_most_confident_mistakes_first(monkeypatch):
+    monkeypatch.setattr(dl, "compute_logits", first_pixel)
     images = torch.zeros(8, 1, 28, 28)
     truths, guesses = [0, 0, 0, 1, 2, 2, 3, 9], [0, 1, 1, 1, 5, 2, 4, 8]
     images[:, 0, 0, 0] = torch.tensor(guesses)
     images[:, 0, 1, 1] = torch.tensor([1, 0.5, 0.6, 1, 0.9, 1, 0.8, 0.7])
     split = dl.Split(images, torch.tensor(truths))
-    matrix = dl.confusion_matrix(Always(), split)
+    matrix = dl.confusion_matrix(None, split)
     assert matrix.iloc[0, 1] == 2 and matrix.iloc[1, 0] == 0 and matrix.iloc[2, 5] == 1
     with warnings.catch_warnings(action="ignore"):  # classes without an image
-        grid, *axes = dl.plot_errors(Always(), split).axes
+        grid, *axes = dl.plot_errors(None, split).axes
     shown = np.asarray(grid.images[0].get_array())
     assert shown[0, 1] == pytest.approx(200 / 3) and (shown[1, 0], shown[1, 1]) == (0, 100)
     assert (grid.get_xlabel(), grid.get_ylabel()) == ("predicted class", "true class")
@@ -334,24 +315,24 @@ def test_errors_have_truth_in_rows_and_the_most_confident_mistakes_with_truth_fi
     titles = [" ".join(ax.get_title().split("\n")[:2]) for ax in axes]
     pairs = [(2, 5), (3, 4), (9, 8), (0, 1), (0, 1)]
     assert titles[:5] == [f"{dl.CLASSES[a]} as {dl.CLASSES[b]}" for a, b in pairs]
-    assert not axes[5].axison and not axes[5].images
+    assert not axes[5].get_frame_on() and not axes[5].images
 
 
-def test_own_settings_and_a_ninth_row_are_drawn_too(effects, monkeypatch):
+def test_own_settings_and_a_ninth_row_are_drawn_too(monkeypatch):
     own = dl.Setting("strong", "Dropout 0.5", dropout=0.5)
     results, history = tables_of([*EIGHT.values(), own])
     for rows in ({}, {"strong": own}):
         monkeypatch.setattr(dl, "SETTINGS", EIGHT | rows)
-        assert own.label in words(dl.plot_results(results, effects).axes[0].get_yticklabels())
+        assert own.label in words(dl.plot_results(results, EFFECTS).axes[0].get_yticklabels())
         figure = dl.plot_convergence(history, [*LABELS, "strong"], ["strong"])
         assert own.label in [ax.get_title() for ax in figure.axes]
         assert own.label in words(figure.axes[-1].texts)
         assert len({style[1:] for style in dl._styles(results.setting).values()}) == 9
 
 
-def test_one_seed_and_one_epoch_are_drawn_without_a_warning(effects, study):
+def test_one_seed_and_one_epoch_are_drawn_without_a_warning(study):
     results, history = tables_of(EIGHT.values(), seeds=[3], epochs=1)
-    nothing = effects.assign(half_width=np.nan)
+    nothing = EFFECTS.assign(half_width=np.nan)
     norms = pd.DataFrame({"setting": B, "epoch": [0, 1], "layer": "fc3", "effective_rate": 0.0})
     story = dl.plot_story(history, norms.assign(norm=1.0), study, [B])
     figures = [dl.plot_results(results, nothing), dl.plot_gains(nothing), story]

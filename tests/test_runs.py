@@ -178,6 +178,7 @@ def test_a_search_records_what_train_gives_and_has_no_test_split(tiny, tmp_path,
     [
         ("sgd", "sgdm", "row 2: optimizer is 'sgdm'; expected .*sgd"),
         (",8,", ",,", "row 2: epochs cannot be nan"),
+        ("False", "no", "row 2: batch_norm cannot be no"),
         ("0.02,8,16,101,sgd,", "0.02,8,16,101,sgd,todo", "row 3: val_accuracy cannot be todo"),
         ("0.02,8", "0.01,8", "row 3: an earlier row has the same run"),
         ("\nA,", "\n,", "row 2: part cannot be nan"),
@@ -193,6 +194,21 @@ def test_a_plan_that_cannot_be_run_is_said_and_kept(tmp_path, old, new, sentence
     with pytest.raises(ValueError, match=f"plan.csv.* {sentence}"):
         dl.search(path)
     assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_row_that_is_wrong_for_a_while_loses_no_outcome(tiny, tmp_path, one, monkeypatch):
+    path = plan(tmp_path / "plan.csv", 0.01, 0.02)
+    contents = iter([path.read_bytes() + b"A,dropout\n", path.read_bytes()])
+
+    def train_and_write(*args, **options):
+        run = train(*args, **options)
+        path.write_bytes(next(contents))
+        return run
+
+    monkeypatch.setattr(dl, "train", train_and_write)
+    with pytest.raises(ValueError, match="seed 101 failed .*plan.csv, row 4: dropout cannot be"):
+        dl.search(path, one, root=tiny)
+    assert pd.read_csv(path).val_accuracy.notna().all()
 
 
 def test_rows_that_are_added_while_a_search_runs_are_kept(tiny, tmp_path, one, monkeypatch):
