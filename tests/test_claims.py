@@ -63,14 +63,12 @@ def product_claims():
     (means, apart), (_, control) = by_product(WB), by_product(W)
     new = 100 * STUDY[STUDY.part == "P"].groupby("lr")[dl.OUTCOME[:2]].mean()
     one, other = new.val_accuracy[0.16], new.val_accuracy[0.08]
-    twice = [0.16 * 0.002, 0.08 * 0.004] == [2 * 0.001 * dl.SETTINGS[WB].lr] * 2
     came = f"Train accuracy came out at {new.train_accuracy[0.08]:.1f} % for both"
-    so = {}
     said = f"train accuracies differ by at most {apart.train_accuracy:.1f} points, over a range"
-    so[f"{said} of four"] = np.ptp(means.train_accuracy) > 4
+    so = {f"{said} of four": np.ptp(means.train_accuracy) > 4}
     so[f"validation accuracies by at most {apart.val_accuracy:.1f}"] = apart.val_accuracy < 0.4
     so[f"differ by up to {control.train_accuracy:.1f} points"] = control.train_accuracy > 2
-    so["with twice the winner's product"] = twice
+    so["with twice the winner's product"] = 0.16 * 0.002 == 2 * 0.001 * dl.SETTINGS[WB].lr
     so[f"{came}, inside the predicted 96.2 ± 0.2"] = new.train_accuracy.between(96.0, 96.4).all()
     so[f"near 92.3 %; it is {one:.1f} and {other:.1f} %, lower but"] = other < one < 92.3
     return so
@@ -91,7 +89,6 @@ def result_claims(right):
     sure = effects.effect.abs() > effects.half_width
     single = [right.loc[name, 0] for name in EIGHT]
     error = np.mean([(a - b).std() for i, a in enumerate(single) for b in single[:i]])
-    widest = {*gap.nlargest(2).index}
     narrow = [(gap[weights.index] @ dl.contrasts()["gain", name]).max() < 0 for name in (W, D)]
     three = f"alone reaches {test[D]:.1f} %, weight decay {test[W]:.1f} %, batch normalization"
     so = {f"Mean test accuracy is {test[NONE]:.1f} % without": test.idxmin() == NONE}
@@ -119,15 +116,14 @@ def result_claims(right):
     so[f"and it lies {said['over', B, D]} above dropout"] = not sure["over", B, D]
     so[f"which brings {said['over', WB, W]} more"] = sure["over", WB, W]
     so["Dropout as a third gains nothing"] = not effects.effect["gain", D, WB] > 0
-    so["alone and beside dropout has the widest"] = widest == {B, DB}
+    so["alone and beside dropout has the widest"] = {*gap.nlargest(2).index} == {B, DB}
     so["has a narrower gap than the same setting without it. So has every"] = all(narrow)
     so["No run ends more than a point below"] = (fit.median() - fit.min()).max() < 0.01
     return so
 
 
 def curve_claims(history, norms):
-    keys = ["setting", "seed", "epoch"]
-    wide = 100 * history.pivot(index=keys, columns="split", values="accuracy")
+    wide = 100 * history.set_index(["setting", "seed", "epoch", "split"]).accuracy.unstack()
     best = wide.test[wide.val.groupby(["setting", "seed"]).idxmax()].droplevel("epoch")
     kept = (best - wide.test.xs(16, level="epoch")).groupby("setting").mean().abs().max()
     means = wide.groupby(["setting", "epoch"]).mean()
