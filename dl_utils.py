@@ -1339,7 +1339,7 @@ def plot_convergence(history: pd.DataFrame, names, compared):
     axes[0].legend(loc="upper left", ncols=2)
     for ax in axes[len(names) :]:
         ax.set_axis_off()
-    upper.supylabel("accuracy (%)", fontsize=8)
+    upper.supylabel("accuracy (%) by epoch", fontsize=8)
     ax = lower.subplots()
     for name in compared:
         label, color, marker = styles[name]
@@ -1357,26 +1357,27 @@ def plot_results(results: pd.DataFrame, effects: pd.DataFrame):
     results: as collect gives them; effects: intervals of contrasts."""
     styles = _styles(results.setting, zip(results.setting, results.label))
     figure = _figure(0.6 + 0.19 * len(styles))
-    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[4, 4, 3])
-    words = {"fontsize": 7, "ha": "center", "va": "bottom"}
+    grid = {"sharey": True, "width_ratios": [4, 4, 3], "subplot_kw": {"xmargin": 0.25}}
+    left, middle, right = figure.subplots(1, 3, **grid)
+    words = {"fontsize": 7, "va": "center"}
     for y, (name, (_, color, marker)) in enumerate(styles.items()):
         runs = 100 * results[results.setting == name][["test_accuracy", "train_accuracy"]]
         test, train = runs.mean()
         left.plot(runs.test_accuracy, [y] * len(runs), marker, color=color, ms=3, alpha=0.5)
         left.plot(test, y, "|", color=color, ms=12, mew=2)
-        left.text(test, y - 0.25, f"{round(test, 9):.2f}", **words)
+        left.text(runs.test_accuracy.max(), y, f"  {round(test, 9):.2f}", **words)
         if ("difference", name, "") in effects.index:
             effect, half = 100 * effects.loc["difference", name, ""]
             middle.errorbar(effect, y, xerr=half, fmt=marker, color=color, ms=4)
-            middle.text(effect, y - 0.25, f"{effect:+.2f}", **words)
+            middle.text(effect + np.nan_to_num(half), y, f"  {effect:+.2f}", **words)
         right.plot([test, train], [y, y], color=color, lw=3, alpha=0.5)
-        right.text((test + train) / 2, y - 0.15, f"{train - test:.1f}", **words)
+        right.text(train, y, f"  {train - test:.1f}", **words)
     left.set_yticks(range(len(styles)), [label for label, *_ in styles.values()])
-    left.set_ylim(len(styles) - 0.5, -0.9)
+    left.set_ylim(len(styles) - 0.5, -0.5)
     left.set(title="Test accuracy", xlabel="%")
     middle.axvline(0, color="black", lw=0.6)
     middle.set(title="Minus no regularization", xlabel="points")
-    right.set(title="Test to train: the gap", xlabel="%")
+    right.set(title="Test to train: gap", xlabel="%")
     return figure
 
 

@@ -231,7 +231,7 @@ def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_name
         assert list(dots.get_xdata()) == list(runs.test_accuracy)
         assert bar.get_xdata()[0] == runs.test_accuracy.mean()
         text = text_of(left, f"{runs.test_accuracy.mean():.2f}")
-        assert text.get_position()[0] == runs.test_accuracy.mean() and text.get_position()[1] < y
+        assert text.get_position() == (runs.test_accuracy.max(), y)
         gap = right.lines[y]
         assert list(gap.get_xdata()) == [runs.test_accuracy.mean(), runs.train_accuracy.mean()]
         assert words(right.texts)[y] == f"{np.diff(gap.get_xdata())[0]:.1f}"
