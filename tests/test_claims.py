@@ -28,7 +28,7 @@ def study_claims():
     short, middle, long = (length.val_accuracy.xs(n, level=1)[[NONE, W]] for n in (8, 16, 32))
     so = {f"difference between two cells, {100 * noise:.2f} points": noise < 0.01}
     ends = [sorted(val[name].index.unique(name))[k] for name in (D, W) for k in (0, -1)]
-    so["$p$ from {} to {}, $\\lambda$ from {} to {} and".format(*ends)] = ends[1] < 1
+    so["$p$ from {} to {}. Weight decay's has $\\lambda$ from {} to {}".format(*ends)] = ends[1] < 1
     so["accuracy falls on both sides of 0.04, and training"] = none.idxmax() == 0.04
     so["fails at 0.32. *Dropout* lowers the fit"] = none[0.32] < 0.5 and drop.max(axis=None) < 0
     so["its best cells are within noise of the best"] = val[D].max() - none.max() < noise
@@ -110,7 +110,7 @@ def result_claims(right):
     so[f"the pair brings {said['interaction', W, B]} points more"] = not sure["interaction", W, B]
     so[f"weight decay beats dropout by {said['over', W, D]} points"] = sure["over", W, D]
     so[f"weight decay lies {said['over', W, B]} above it"] = not sure["over", W, B]
-    so[f"and it lies {said['over', B, D]} above dropout"] = not sure["over", B, D]
+    so[f"It lies {said['over', B, D]} above dropout"] = not sure["over", B, D]
     so[f"adding batch normalization brings {said['over', WB, W]} more"] = sure["over", WB, W]
     so["adding dropout as a third no gain"] = not effects.effect["gain", D, WB] > 0
     so[f"told from all three ({said['over', WB, ALL]} above"] = not sure["over", WB, ALL]
