@@ -830,8 +830,8 @@ def collect(runs) -> tuple[pd.DataFrame, pd.DataFrame]:
 #    The highest score wins, ties go to the smaller strength, then to the smaller rate.
 # 2. Combinations take the strengths that their techniques have alone, and a rate by rule 1 (rows
 #    of other strengths are older).
-# 3. Noise: two standard errors of a paired difference of means of three, pooled over the cells of
-#    A within a point of their grid's best. An alternative of B that is better by more is taken.
+# 3. Noise: two standard errors of a paired difference of means of three, pooled over the cells of A
+#    within a point of their grid's best. An alternative of B, at its best rate, must win by more.
 # 4. Length is not tuned; C shows what others would do.
 
 STUDY = HERE / "weights" / "search.csv"
