@@ -89,8 +89,7 @@ def study_rows(accuracies, part="A", setting="baseline", seed=101, **values):
     row = {**vars(dl.Setting("s", "s")), **vars(dl.TrainConfig()), **values}
     row = {"part": part, "setting": setting, **{name: row[name] for name in dl.FIELDS}}
     outcomes = [(a, a + 0.05, 1.0) if a else (a, a, a) for a in accuracies]
-    outcomes = [dict(zip(dl.OUTCOME, outcome)) for outcome in outcomes]
-    return [row | {"seed": seed + i} | outcome for i, outcome in enumerate(outcomes)]
+    return [row | {"seed": seed + i} | dict(zip(dl.OUTCOME, o)) for i, o in enumerate(outcomes)]
 
 
 def start(root, *arguments, **options):

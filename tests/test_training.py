@@ -160,7 +160,7 @@ def test_real_workers_give_the_bits_of_one_run_and_the_bar_tells_the_truth(tiny,
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     terminal, end = pty.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    command = "train", "baseline", "combined", "--epochs", 8, "--seeds", 0, 3, "--out", tmp_path
+    command = "train", "baseline", "combined", "--epochs", 3, "--seeds", 0, 3, "--out", tmp_path
     process = start(tiny, *command, "--workers", 2, stderr=end)
     os.close(end)
     shown = b""
@@ -175,15 +175,14 @@ def test_real_workers_give_the_bits_of_one_run_and_the_bar_tells_the_truth(tiny,
     assert {1, 2, 3} & {*counts}, "nothing was shown before the first run ended"
     for found in dl.load_runs(tmp_path):
         setting, seed = dl.SETTINGS[found.setting.name], found.config.seed
-        alone = train(setting, dl.load_fashion_mnist(tiny, seed), TrainConfig(8, seed=seed))
+        alone = train(setting, dl.load_fashion_mnist(tiny, seed), TrainConfig(3, seed=seed))
         assert weights_equal(found, alone) and found.history.equals(alone.history)
 
 
 def test_a_dask_cluster_gives_the_same_bits(tiny, config, trained):
     distributed = pytest.importorskip("distributed")
-    workers = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None}
     jobs = [(SETTINGS[name], config) for name in ("baseline", "combined")]
-    with distributed.LocalCluster(**workers) as cluster, distributed.Client(cluster) as client:
+    with distributed.Client(n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
         client.run(exec, f"import dl_utils; dl_utils.DATA_FILES = {dl.DATA_FILES}")
         runs = train_many(jobs, client.get_executor(), root=tiny)
     assert all(weights_equal(run, trained[run.setting.name]) for run in runs)
