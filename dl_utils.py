@@ -1301,14 +1301,14 @@ def plot_choices(table: pd.DataFrame):
     left.set(title="One choice changed", xlabel="difference in validation accuracy (points)")
     left.margins(y=0.2)
     means = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
-    for name, (_, color, marker) in _styles(means.index.unique("setting")).items():
+    box = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
+    number = {"fontsize": 6.5, "ha": "center", "va": "center_baseline", "bbox": box}
+    for name, (_, color, _) in _styles(means.index.unique("setting")).items():
         line = means.loc[name]
-        style = {"marker": marker, "color": color, "label": _short(name)}
-        right.plot(line.train_accuracy, line.val_accuracy, ms=4, **style)
+        right.plot(line.train_accuracy, line.val_accuracy, color=color, label=_short(name))
         for epochs, (y, x) in line.iterrows():
-            above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
-            right.annotate(epochs, (x, y), color=color, fontsize=6, **above)
-    right.set(title="Length in epochs", xlabel="train accuracy (%)")
+            right.annotate(epochs, (x, y), color=color, **number)
+    right.set(title="Length in epochs", xlabel="train accuracy (%)", ymargin=0.1)
     right.set_ylabel("validation accuracy (%)")
     _label_ends(right)
     return figure
