@@ -26,7 +26,7 @@ def study_claims():
     curve = length.loc[NONE].to_numpy().T[::-1]  # of validation against train accuracy
     above = length.val_accuracy - np.interp(length.train_accuracy, *curve, np.nan, np.nan)
     change = length.val_accuracy.unstack().sub(length.val_accuracy[:, 16], axis=0)
-    so = {f"difference between two cells, {100 * noise:.2f} points": noise < 0.01}
+    so = {f", {100 * noise:.2f} points": noise < 0.01}
     ends = [sorted(val[name].index.unique(name))[k] for name in (D, W) for k in (0, -1)]
     so["$p$ from {} to {}. Weight decay's has $\\lambda$ from {} to {}".format(*ends)] = ends[1] < 1
     so["accuracy falls on both sides of 0.04, and training"] = none.idxmax() == 0.04
@@ -36,11 +36,11 @@ def study_claims():
     even = "from 0.01 to 1.28 validation accuracy stays within half a point; at 2.56 all"
     so[even] = np.ptp(norm[:1.28]) < 0.005 and norm[2.56] < 0.2
     so["Training never fails one step from a chosen"] = min(beside) > 0.9
-    so[f"train accuracy is {100 * closer:.1f} points higher"] = closer > 0.01
-    so["and validation accuracy the same"] = abs(norm[0.04] - none[0.04]) < 0.001
+    so[f"its train accuracy is {100 * closer:.1f} points higher"] = closer > 0.01
+    so["and its validation accuracy the same"] = abs(norm[0.04] - none[0.04]) < 0.001
     so["by more than noise, so batches"] = dl.alternatives(STUDY).mean(axis=1).max() < noise
     so["Eight are too few without regularization"] = change[8][[NONE, D, W]].max() < -noise
-    so["normalization they are enough"] = change[8][[B, WB, ALL]].min() > -noise
+    so["normalization they are within noise of 16"] = change[8][[B, WB, ALL]].min() > -noise
     so["Thirty-two bring nothing to any of"] = change[32].max() < 0 and len(change) == 6
     so["cost accuracy, by more"] = so["alone lose"] = change[32][[NONE, B]].max() < -noise
     so["where there is dropout or weight decay they"] = change[32][[D, W, WB, ALL]].min() > -noise
@@ -113,10 +113,10 @@ def result_claims(right):
     so[f"together bring {minus['interaction', D, W]} points less"] = sure["interaction", D, W]
     so[f"the pair brings {said['interaction', W, B]} points more"] = not sure["interaction", W, B]
     so[f"weight decay beats dropout by {said['over', W, D]} points"] = sure["over", W, D]
-    so[f"weight decay lies {said['over', W, B]} above it"] = not sure["over", W, B]
-    so[f"It lies {said['over', B, D]} above dropout"] = not sure["over", B, D]
-    so[f"adding batch normalization brings {said['over', WB, W]} more"] = sure["over", WB, W]
-    so["adding dropout as a third no gain"] = not effects.effect["gain", D, WB] > 0
+    so[f"{said['over', W, B]} below weight decay"] = not sure["over", W, B]
+    so[f"{said['over', B, D]} above dropout, cannot be told"] = not sure["over", B, D]
+    so[f"batch normalization adds {said['over', WB, W]} to it"] = sure["over", WB, W]
+    so["and dropout then nothing"] = not effects.effect["gain", D, WB] > 0
     so[f"told from all three ({said['over', WB, ALL]} above"] = not sure["over", WB, ALL]
     only = [*sure["gain", D]] == [False, True, False, False]
     so["in no other place anything clear"] = so["gains only beside batch"] = only
