@@ -1123,7 +1123,7 @@ def batch_norm_gradients(x: Tensor, gamma: Tensor, upstream: Tensor, eps: float)
 # Colours of settings; the first eight are for colour-blind readers (after Okabe and Ito).
 PALETTE = ["#000000", "#E69F00", "#009E73", "#0072B2", "#8C6D1F", "#D55E00", "#56B4E9", "#CC79A7"]
 PALETTE += ["#7F7F7F", "#A50026", "#5E3C99", "#1B7837"]
-MARKERS = "osD^vP*X"
+MARKERS = dict(zip("osD^vP*X", "●■◆▲▼✚★✖"))
 
 
 def prepare_notebook() -> None:
@@ -1184,8 +1184,8 @@ def _figure(height: float):
 
 
 def _label_ends(ax, x: float = 1.0, gap: float = 0.125) -> None:
-    """Write the labels of lines beside their ends, or where they leave the axes, from x on and
-    at least gap apart, both as shares of the axes."""
+    """Write marker and label of lines beside their ends, or where they leave the axes, from x on
+    and at least gap apart, both as shares of the axes."""
     scale = ax.transScale.transform
     (_, low), (_, high) = scale([(1, y) for y in ax.get_ylim()])
     ends = []
@@ -1193,8 +1193,9 @@ def _label_ends(ax, x: float = 1.0, gap: float = 0.125) -> None:
         heights = [(scale((1, y))[1] - low) / (high - low) for y in line.get_ydata()]
         inside = [y for y in heights if 0 <= y <= 1]
         if inside and not line.get_label().startswith("_"):
-            ends.append((inside[-1], line.get_label(), line.get_color()))
-    ends.sort()
+            label = f"{MARKERS.get(line.get_marker(), '')} {line.get_label()}"
+            ends.append((inside[-1], label, line.get_color()))
+    ends.sort(key=lambda end: end[0])
     at = [*accumulate((y for y, *_ in ends), lambda last, y: max(y, last + gap))]
     lower = max((sum(at) - sum(y for y, *_ in ends)) / len(at), at[-1] - 1) if at else 0
     for y, (_, label, color) in zip(at, ends):
@@ -1273,7 +1274,7 @@ def plot_rates(table: pd.DataFrame):
                     curve = 100 * cells.groupby("lr")[measure].mean()
                     label = f"{level:g}" if name in STRENGTHS else _short(name)
                     style = {"label": "_" if name == "baseline" else label, "color": color, "ms": 3}
-                    style["marker"] = MARKERS[k] if len(levels) > 1 else marker
+                    style["marker"] = [*MARKERS][k] if len(levels) > 1 else marker
                     ax.semilogx(curve, alpha=0.4 + 0.6 * (k + 1) / len(levels), **style)
                     if name not in STRENGTHS or level == strengths[name]:
                         rate = chosen.lr[name]
@@ -1301,8 +1302,7 @@ def plot_choices(table: pd.DataFrame):
     left.set(title="One choice changed", xlabel="difference in validation accuracy (points)")
     left.margins(y=0.2)
     means = 100 * lengths(table).groupby(["setting", "epochs"])[OUTCOME[:2]].mean()
-    box = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
-    number = {"fontsize": 6.5, "ha": "center", "va": "center_baseline", "bbox": box}
+    number = {"size": 6.5, "ha": "center", "va": "center", "bbox": {"fc": "w", "lw": 0, "pad": 0.5}}
     for name, (_, color, _) in _styles(means.index.unique("setting")).items():
         line = means.loc[name]
         right.plot(line.train_accuracy, line.val_accuracy, color=color, label=_short(name))

@@ -67,18 +67,20 @@ def study():
     return pd.DataFrame(rows)
 
 
-def words(texts):
-    return [text.get_text().strip() for text in texts]
+def words(texts):  # without the markers of lines
+    return [text.get_text().strip("".join(dl.MARKERS.values()) + " ") for text in texts]
 
 
 def text_of(ax, word):
-    return next(text for text in ax.texts if text.get_text().strip() == word)
+    return next(text for text in ax.texts if words([text]) == [word])
 
 
-def lines_named(ax, word):
-    """The lines of an axes that have the colour of a label at their ends."""
-    color = to_hex(text_of(ax, word).get_color())
-    return [line for line in ax.lines if to_hex(line.get_color()) == color]
+def line_named(ax, word):
+    """The line of an axes that has the colour of a label at their ends, and its marker."""
+    text = text_of(ax, word)
+    (line,) = [line for line in ax.lines if to_hex(line.get_color()) == to_hex(text.get_color())]
+    assert text.get_text().split()[0] == dl.MARKERS.get(line.get_marker(), word)
+    return line
 
 
 def check_ends(ax, ends):
@@ -165,6 +167,8 @@ def test_rates_draw_each_strength_and_ring_what_the_rules_choose(study):
                 check_line(ring, [rate], [means[name, p, decay, rate]])
             labels = levels.get(names[0]) or [*pairs]
             check_ends(ax, {x: line.get_ydata()[-1] for x, line in zip(labels, lines[1:])})
+            shown = [text_of(ax, x).get_text().split()[0] for x in labels]
+            assert shown == [dl.MARKERS[line.get_marker()] for line in lines[1:]]
 
 
 def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):
@@ -189,7 +193,7 @@ def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):
         text.remove()
     check_ends(right, {word: lengths.val_accuracy[SHORT[word], 32] for word in SHORT})
     for word, name in SHORT.items():
-        (line,) = lines_named(right, word)
+        line = line_named(right, word)
         check_line(line, lengths.train_accuracy[name], lengths.val_accuracy[name])
 
 
@@ -215,8 +219,7 @@ def test_convergence_draws_train_and_test_of_every_seed_under_the_right_name():
     means = wide.mean(axis=1)
     check_ends(last, {LABELS[name]: means[name, "test", 4] for name in SIX})
     for name in SIX:
-        (line,) = lines_named(last, LABELS[name])
-        check_line(line, epochs, means[name, "test"])
+        check_line(line_named(last, LABELS[name]), epochs, means[name, "test"])
 
 
 def test_results_draw_runs_differences_with_intervals_and_gaps_beside_their_names():
@@ -278,13 +281,10 @@ def test_the_story_draws_norms_effective_rates_and_products_of_the_right_setting
         if name in four:
             weight = 3.0 * (number.index(name) + 1) + np.arange(5)
             norm = np.sqrt(weight**2 + (0.5 * weight) ** 2)
-            (line,) = lines_named(sizes, word)
-            check_line(line, range(5), norm)
-            (line,) = lines_named(rates, word)
+            check_line(line_named(sizes, word), range(5), norm)
             decayed = [dl.SETTINGS[name].lr * dl.warmup_cosine(epoch / 4) for epoch in (1, 2, 3)]
-            check_line(line, range(1, 4), decayed / norm[1:4] ** 2)
-            (line,) = lines_named(curves, word)
-            check_line(line, range(1, 5), test[name])
+            check_line(line_named(rates, word), range(1, 4), decayed / norm[1:4] ** 2)
+            check_line(line_named(curves, word), range(1, 5), test[name])
     pair = study[(study.setting == f"{W}_{B}") & (study.epochs == 16)]
     means = 100 * pair.groupby("lr")[["train_accuracy", "val_accuracy"]].mean()
     assert words(product.get_legend().get_texts()) == ["λ = 0.001"]
