@@ -167,8 +167,8 @@ def test_rates_draw_each_strength_and_ring_what_the_rules_choose(study):
                 check_line(ring, [rate], [means[name, p, decay, rate]])
             labels = levels.get(names[0]) or [*pairs]
             check_ends(ax, {x: line.get_ydata()[-1] for x, line in zip(labels, lines[1:])})
-            shown = [text_of(ax, x).get_text().split()[0] for x in labels]
-            assert shown == [dl.MARKERS[line.get_marker()] for line in lines[1:]]
+            shown = {text_of(ax, x).get_text().split()[0]: x for x in labels}
+            assert [*shown] == [dl.MARKERS[line.get_marker()] for line in lines[1:]]
 
 
 def test_choices_are_compared_at_their_best_rate_seed_by_seed(study):

@@ -109,7 +109,7 @@ MANY = "train", "baseline", "--seeds", *range(3), "--epochs", 10, "--workers", 1
 
 
 def test_killed_training_loses_no_run_leaves_no_worker_and_goes_on(tiny, tmp_path, one, capsys):
-    process = start(tiny, *MANY, tmp_path)
+    process = start(tiny, *MANY, tmp_path, "--workers", 2)
     assert ", seed " in process.stdout.readline()  # at once, though it is a pipe
     process.kill()
     process.communicate(timeout=30)
