@@ -95,7 +95,7 @@ def study_rows(accuracies, part="A", setting="baseline", seed=101, **values):
 def start(root, *arguments, **options):
     """The command line in a process of its own, with real workers, on the small data in root."""
     command = [sys.executable, str(ROOT / "tests/tiny.py"), *map(str, arguments)]
-    environment = os.environ | {"TINY": str(root)} | options.pop("env", {})
+    environment = os.environ | {"TINY": str(root), "PYTHONUNBUFFERED": ""} | options.pop("env", {})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(command, env=environment, start_new_session=True, **options)
 
