@@ -114,9 +114,9 @@ def result_claims(right):
     so[f"the pair brings {said['interaction', W, B]} points more"] = not sure["interaction", W, B]
     so[f"weight decay beats dropout by {said['over', W, D]} points"] = sure["over", W, D]
     so[f"{said['over', W, B]} below weight decay"] = not sure["over", W, B]
-    so[f"{said['over', B, D]} above dropout, cannot be told"] = not sure["over", B, D]
-    so[f"batch normalization adds {said['over', WB, W]} to it"] = sure["over", WB, W]
-    so["and dropout then nothing"] = not effects.effect["gain", D, WB] > 0
+    so[f"{said['over', B, D]} above dropout, and cannot be told"] = not sure["over", B, D]
+    so[f"batch normalization adds {said['over', WB, W]}, dropout"] = sure["over", WB, W]
+    so["dropout then nothing"] = not effects.effect["gain", D, WB] > 0
     so[f"told from all three ({said['over', WB, ALL]} above"] = not sure["over", WB, ALL]
     only = [*sure["gain", D]] == [False, True, False, False]
     so["in no other place anything clear"] = so["gains only beside batch"] = only
